@@ -1,11 +1,12 @@
 """A Kubernetes cluster for end-to-end tests and for `make cluster`.
 
-    open_cluster() ─┬─ ControlPlane     etcd, kube-apiserver, kube-controller-manager, KWOK: started here, real RBAC
+    open_cluster() ─┬─ ControlPlane     etcd, kube-apiserver, kube-controller-manager, KWOK: started here
                     ├─ KindCluster      TANGRAM_CLUSTER=kind: needs Docker and the kind command
                     └─ ExistingCluster  TANGRAM_CLUSTER=kubeconfig: whatever KUBECONFIG points to
 
-All three give the same calls, start kube-schedulers on this machine, and let KWOK play the nodes that are added. A
-`KUBECONFIG` that happens to be exported is never used unless TANGRAM_CLUSTER says so: these tests delete things.
+All three give the same calls, start kube-schedulers on this machine, and let KWOK play the nodes that are
+added. A `KUBECONFIG` that happens to be exported is never used unless TANGRAM_CLUSTER says so: these tests
+delete things.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ SchedulerConfig = Mapping[str, Any]
 
 
 class Cluster:
-    """What every kind of cluster can do. Sub-classes set `api_url`, `kubeconfig` and `_ca_file`, and start things."""
+    """What every kind of cluster can do. Sub-classes say how it starts and how one logs in."""
 
     api_url: str
     kubeconfig: Path
@@ -87,7 +88,7 @@ class Cluster:
         raise NotImplementedError
 
     def stop(self) -> None:
-        """End every process and remove every file; safe to call twice. TANGRAM_KEEP_LOGS=1 keeps the directory."""
+        """End every process and remove every file (TANGRAM_KEEP_LOGS=1 keeps them); safe to call twice."""
         self.processes.stop_all()
         self._http.close()
         if os.environ.get("TANGRAM_KEEP_LOGS"):
@@ -98,7 +99,7 @@ class Cluster:
     # kubectl and HTTP
 
     def kubectl(self, *args: str, input: str | None = None, timeout: float = KUBECTL_SECONDS) -> str:
-        """Run kubectl as the cluster's administrator and return what it prints; raise what it complains about."""
+        """Run kubectl as the administrator and return what it prints; raise what it complains about."""
         done = subprocess.run(
             [*self.kubectl_command(), *args],
             input=input,
@@ -133,11 +134,11 @@ class Cluster:
 
     def add_nodes(self, nodes: Iterable[KubernetesObject]) -> None:
         """Create nodes, many at a time. KWOK takes over those that say so."""
-        self._create_all((("/api/v1/nodes", node) for node in nodes))
+        self._create_all(("/api/v1/nodes", node) for node in nodes)
 
     def add_pods(self, pods: Iterable[KubernetesObject]) -> None:
         """Create pods, many at a time; their order of arrival is not promised."""
-        self._create_all(((f"{_pods_path(_namespace_of(pod))}", pod) for pod in pods))
+        self._create_all((_pods_path(_namespace_of(pod)), pod) for pod in pods)
 
     def _create_all(self, objects: Iterable[tuple[str, KubernetesObject]]) -> None:
         with ThreadPoolExecutor(CONNECTIONS) as pool:
@@ -145,7 +146,7 @@ class Cluster:
                 pass
 
     def add_namespace(self, name: str) -> None:
-        """Create a namespace and wait until pods can be created in it (its default service account exists)."""
+        """Create a namespace and wait for its default service account, without which it takes no pods."""
         self.request("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
         self._wait_for_default_service_account(name)
 
@@ -229,16 +230,21 @@ class Cluster:
     def start_scheduler(
         self, config: SchedulerConfig | Path | None = None, *, name: str = SCHEDULER, verbosity: int = 2
     ) -> None:
-        """Start a kube-scheduler on this machine with that configuration, and wait until its caches are full.
+        """Start a kube-scheduler on this machine with that configuration; return when its caches are full.
 
-        How it reaches the API server is filled in here; everything else is used as it stands. Several may run,
-        each under its own `name` (and its own profile's `schedulerName`).
+        How it reaches the API server is filled in here; all else is used as it stands. Several may run, each
+        under its own `name` (and its own profile's `schedulerName`).
         """
         file = self.directory / f"{name}.yaml"
         file.write_text(json.dumps(self._completed(config)))
         port = free_port()
         certificate, key = self._serving_certificate()
-        argv = [self._controlplane, "kube-scheduler", f"--config={file}", f"--v={verbosity}"]
+        argv: list[str | Path] = [
+            self._controlplane,
+            "kube-scheduler",
+            f"--config={file}",
+            f"--v={verbosity}",
+        ]
         argv += ["--bind-address=127.0.0.1", f"--secure-port={port}"]
         argv += [f"--tls-cert-file={certificate}", f"--tls-private-key-file={key}"]
         self._launch(name, argv, f"https://127.0.0.1:{port}/readyz")
@@ -248,7 +254,7 @@ class Cluster:
         self.processes.kill(name)
 
     def restart(self, name: str = SCHEDULER) -> None:
-        """Kill the process called `name` if it runs, start it again the same way, and wait until it is ready."""
+        """Kill the process called `name` if it runs, start it again the same way, wait until it is ready."""
         self.processes.restart(name)
         self._wait_ready(name)
 
@@ -278,7 +284,7 @@ class Cluster:
         bound_to: KubernetesObject | None = None,
         seconds: int = 3600,
     ) -> str:
-        """A token for a service account, as the kubelet would fetch it; `bound_to` is a pod's object reference."""
+        """A token for a service account, as a kubelet would fetch it; `bound_to` is a pod's reference."""
         spec: dict[str, Any] = {"expirationSeconds": seconds}
         if audiences:
             spec["audiences"] = list(audiences)
@@ -315,19 +321,18 @@ class Cluster:
     # processes
 
     def logs(self, name: str) -> str:
-        """What a process of ours has written: etcd, kube-apiserver, kube-controller-manager, kube-scheduler, kwok."""
+        """What a process of ours has written; `processes.names()` are the names."""
         return self.processes.logs(name)
 
     def _start_kwok(self) -> None:
         port = free_port()
-        argv = [self._kwok, f"--config={HERE / 'kwok' / 'stages.yaml'}", f"--kubeconfig={self.kubeconfig}"]
-        self._launch(
-            "kwok", [*argv, f"--server-address=127.0.0.1:{port}"], f"http://127.0.0.1:{port}/healthz"
-        )
+        argv: list[str | Path] = [self._kwok, f"--kubeconfig={self.kubeconfig}"]
+        argv += [f"--config={HERE / 'kwok' / 'stages.yaml'}", f"--server-address=127.0.0.1:{port}"]
+        self._launch("kwok", argv, f"http://127.0.0.1:{port}/healthz")
 
     def _launch(self, name: str, argv: Sequence[str | Path], ready_url: str) -> None:
         self._ready_urls[name] = ready_url
-        self.processes.start(name, argv, watches_parent=True, environment=self._own_environment())
+        self.processes.start(name, argv, throwaway=True, environment=self._own_environment())
         self._wait_ready(name)
 
     def _wait_ready(self, name: str) -> None:
@@ -400,7 +405,12 @@ class ControlPlane(Cluster):
     def _start_etcd(self) -> None:
         client, peer = free_port(), free_port()
         self._etcd_url = f"http://127.0.0.1:{client}"
-        argv = [self._controlplane, "etcd", f"--data-dir={self.directory / 'etcd'}", "--unsafe-no-fsync"]
+        argv: list[str | Path] = [
+            self._controlplane,
+            "etcd",
+            f"--data-dir={self.directory / 'etcd'}",
+            "--unsafe-no-fsync",
+        ]
         argv += [f"--listen-client-urls={self._etcd_url}", f"--listen-peer-urls=http://127.0.0.1:{peer}"]
         self._launch("etcd", argv, f"{self._etcd_url}/health")
 
@@ -474,7 +484,7 @@ class ControlPlane(Cluster):
 class ExistingCluster(Cluster):
     """A cluster that is already there, reached through `kubectl proxy` so that any kind of login works.
 
-    Deletes only what a test deletes. Its own kubelets play its own nodes; KWOK runs here for those that are added.
+    Deletes only what a test deletes. Its own kubelets keep its own nodes; KWOK plays those that are added.
     """
 
     def __init__(self, kubeconfig: Path) -> None:

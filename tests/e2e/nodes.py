@@ -23,7 +23,7 @@ def gpu_node(
     annotations: Mapping[str, str] | None = None,
     taints: list[dict[str, str]] | None = None,
 ) -> KubernetesObject:
-    """A node as its kubelet would have registered it, Ready from the start; `allocatable` adds to the basics."""
+    """A node as its kubelet would register it, Ready from the start; `allocatable` adds to the basics."""
     resources = {key: str(value) for key, value in {**NODE_BASICS, **(allocatable or {})}.items()}
     return {
         "apiVersion": "v1",
@@ -75,6 +75,7 @@ def gpu_pod(
         notes[FINISH_AFTER] = finish_after
     spec: KubernetesObject = {
         "schedulerName": scheduler_name,
+        "restartPolicy": "Always" if finish_after is None else "Never",
         "terminationGracePeriodSeconds": 0,
         "containers": [
             {

@@ -1,7 +1,7 @@
 """Child processes that certainly end: when told to, when we end, and when we are killed.
 
-Knows nothing of Kubernetes. Each child writes to its own log file and has its own process group, so that Ctrl-C in a
-terminal reaches only us and we take them down in order.
+Knows nothing of Kubernetes. Each child writes to its own log file and has its own process group, so that a
+Ctrl-C in the terminal reaches only us and we take them down in order.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class ProcessFailed(Exception):
 class _Command:
     argv: tuple[str, ...]
     environment: Mapping[str, str]
+    throwaway: bool
 
 
 class Processes:
@@ -57,13 +58,13 @@ class Processes:
         argv: Sequence[str | Path],
         *,
         environment: Mapping[str, str] | None = None,
-        watches_parent: bool = False,
+        throwaway: bool = False,
     ) -> None:
-        """Start `argv`; `watches_parent` says that the program itself heeds TANGRAM_PARENT_PID."""
+        """Start `argv`. A `throwaway` heeds TANGRAM_PARENT_PID itself and is stopped by SIGKILL."""
         command = tuple(str(part) for part in argv)
-        if not watches_parent:
+        if not throwaway:
             command = (sys.executable, "-S", "-c", TIE_TO_PARENT, str(os.getpid()), *command)
-        self._commands[name] = _Command(command, dict(environment or {}))
+        self._commands[name] = _Command(command, dict(environment or {}), throwaway)
         self._spawn(name)
 
     def restart(self, name: str) -> None:
@@ -87,11 +88,12 @@ class Processes:
         self._running[name].send_signal(signal.SIGCONT)
 
     def stop_all(self) -> None:
-        """Ask all to end, the last started first, and kill those that do not."""
-        children = [self._running.pop(name) for name in reversed(list(self._running))]
+        """Ask all to end, the last started first, and kill those that do not. Throwaways go at once."""
+        polite = [name for name in self._running if not self._commands[name].throwaway]
+        children = [self._running.pop(name) for name in reversed(polite)]
         for child in children:
-            child.send_signal(signal.SIGCONT)
             child.terminate()
+            child.send_signal(signal.SIGCONT)  # it may be paused
         deadline = time.monotonic() + STOP_SECONDS
         for child in children:
             try:
@@ -99,6 +101,8 @@ class Processes:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait(timeout=STOP_SECONDS)
+        for name in reversed(self.names()):
+            self.kill(name)
         atexit.unregister(self.stop_all)
 
     def is_running(self, name: str) -> bool:

