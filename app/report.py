@@ -53,10 +53,10 @@ class Instance(_Wire):
 
 
 class Mig(_Wire):
-    """MIG on one GPU: mode now and after the next reset, what can be made, what exists."""
+    """MIG on one GPU: mode now and after the next reset (None: the same), what can be made, what exists."""
 
     enabled: bool
-    pending: bool = False
+    pending: bool | None = None
     profiles: tuple[Profile, ...] = Field(default=(), max_length=64)
     instances: tuple[Instance, ...] = Field(default=(), max_length=64)
 

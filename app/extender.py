@@ -1,0 +1,439 @@
+"""The story of one pod: filter, prioritize, preempt, bind.
+
+Filter and prioritize are dictionary work on the event loop. Bind talks to the API server:
+
+    assume ─▶ write the placement on the pod ─▶ create the Binding ─▶ confirm
+       │                │                             │
+       │          4xx: forget                   4xx: read the pod; ours? confirm : remove annotation, forget
+       └─ refused: say why          unknown: `settle` reads until the API server tells, and until then the
+                                             devices stay taken
+
+Every verb may be called twice, in any order, and for pods that are never heard of again.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from app.errors import Conflict, KubeError, NotFound, Refused
+from app.kube import Kube
+from app.ledger import Hold, Ledger, Phase
+from app.offers import Offers, legal
+from app.settings import Settings
+from app.translate import (
+    PLACEMENT_ANNOTATION,
+    Json,
+    Malformed,
+    Pod,
+    PodRef,
+    pod_of,
+    write_placement,
+)
+from app.truth import Truth
+from app.wire import Args, BindArgs, Filtered, PreemptArgs, Victims
+from solver import Demand, Placement, Refusal
+
+log = logging.getLogger(__name__)
+
+RANK_STEP = 1000  # ×10 by kube-scheduler: one rank outweighs all in-tree scores together (about 1,400)
+LOOK_EVERY = 512  # nodes between two looks at the clock
+REASONS_KEPT = 3
+FIRST_RETRY_SECONDS = 0.2
+LONGEST_RETRY_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class NotNow:
+    """We could not answer; kube-scheduler will ask again."""
+
+    reason: str
+
+
+class Extender:
+    """kube-scheduler's four verbs."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        ledger: Ledger,
+        offers: Offers,
+        truth: Truth,
+        kube: Kube | None,
+        waiting_for: Callable[[], list[str]],
+        clock: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._offers = offers
+        self._truth = truth
+        self._kube = kube
+        self._waiting_for = waiting_for
+        self._clock = clock
+        self._binds: dict[str, tuple[str, asyncio.Task[str]]] = {}
+        self._settling: dict[str, asyncio.Task[None]] = {}
+        self._checking: dict[str, asyncio.Task[None]] = {}
+
+    # -- filter ---------------------------------------------------------------------------------------
+
+    def filter(self, args: Args) -> Filtered:
+        """The nodes that fit, and why each of the others does not."""
+        pod = self._pod(args.pod)
+        if isinstance(pod, NotNow):
+            return Filtered(error=pod.reason)
+        if isinstance(pod.ask, Malformed):
+            self._truth.refused(pod, pod.ask.reason)
+            return Filtered(unresolvable=dict.fromkeys(args.names, pod.ask.reason))
+        if not pod.ask:
+            return Filtered(fitting=args.names)
+        hold = self._ledger.get(pod.ref.uid)
+        if hold is not None and hold.firm:
+            return _only(hold, args.names)
+        fitting = self._offers.fitting(pod.ask, args.names)
+        result = self._explained(pod.ask, args.names, fitting)
+        if result.error:
+            return result
+        if len(fitting) == 1:
+            self._propose(pod, pod.ask, fitting[0])
+        if fitting:
+            self._truth.fits(pod.ref.uid)
+        else:
+            self._truth.refused(pod, summary([*result.failed.values(), *result.unresolvable.values()]))
+        return result
+
+    def _explained(self, demand: Demand, names: Sequence[str], fitting: list[str]) -> Filtered:
+        """A reason for every node that is left out, in the map that tells whether eviction could help."""
+        fits = set(fitting)
+        failed: dict[str, str] = {}
+        unresolvable: dict[str, str] = {}
+        latest = self._clock() + self._settings.cycle_deadline_seconds
+        for position, name in enumerate(names):
+            if name in fits:
+                continue
+            if position % LOOK_EVERY == 0 and self._clock() > latest:
+                return Filtered(error=f"filter took longer than {self._settings.cycle_deadline_seconds} s")
+            refusal = self._offers.refusal(demand, name)
+            (failed if refusal.resolvable else unresolvable)[name] = refusal.reason
+        return Filtered(fitting, failed, unresolvable)
+
+    # -- prioritize -----------------------------------------------------------------------------------
+
+    def prioritize(self, args: Args) -> list[tuple[str, int]]:
+        """Scores: 1000 × the rank of the price (the cheapest highest), plus 1 for our first choice."""
+        pod = self._pod(args.pod)
+        if isinstance(pod, NotNow) or isinstance(pod.ask, Malformed) or not pod.ask:
+            return []
+        offers = self._offers.ranked(pod.ask, args.names, uid=pod.ref.uid)
+        if not offers:
+            return []
+        self._propose(pod, pod.ask, offers[0].node)
+        levels = sorted({(offer.soft, -offer.price) for offer in offers})
+        rank = {level: position for position, level in enumerate(levels, start=1)}
+        scores = [(offer.node, RANK_STEP * rank[offer.soft, -offer.price]) for offer in offers]
+        scores[0] = (scores[0][0], scores[0][1] + 1)
+        return scores
+
+    def _propose(self, pod: Pod, demand: Demand, node: str) -> None:
+        best = self._offers.best(demand, node, uid=pod.ref.uid)
+        if isinstance(best, Placement):
+            self._ledger.propose(pod.ref, demand, best, now=self._clock())
+
+    # -- preempt --------------------------------------------------------------------------------------
+
+    def preempt(self, args: PreemptArgs) -> dict[str, Victims]:
+        """The nodes where evicting those victims leads to a legal step; victims are never added."""
+        pod = self._pod(args.pod)
+        if isinstance(pod, NotNow) or isinstance(pod.ask, Malformed):
+            return {}
+        if not pod.ask:
+            return dict(args.victims)
+        demand = pod.ask
+        return {
+            node: victims
+            for node, victims in args.victims.items()
+            if self._offers.without(demand, node, victims.uids)
+        }
+
+    def _pod(self, json: Json) -> Pod | NotNow:
+        """The pod of a request, with everything brought up to date for it."""
+        waiting_for = self._waiting_for()
+        if waiting_for:
+            return NotNow(f"Tangram is not ready: waiting for {', '.join(waiting_for)}")
+        try:
+            pod = pod_of(json)
+        except (ValueError, TypeError, AttributeError) as error:
+            return NotNow(f"the pod cannot be read: {error}")
+        now = self._clock()
+        self._ledger.expire(before=now - self._settings.proposal_seconds)
+        self._offers.refresh(now=now)
+        if self._kube is None:
+            self._truth.remember(pod)
+        return pod
+
+    # -- bind -----------------------------------------------------------------------------------------
+
+    async def bind(self, args: BindArgs) -> str:
+        """Bind, or say in words why not. A repeated bind of the same pod joins the one in flight."""
+        flying = self._binds.get(args.pod.uid)
+        if flying is not None:
+            node, task = flying
+            if node != args.node:
+                return f"{args.pod} is being bound to {node} right now"
+            return await asyncio.shield(task)
+        task = asyncio.create_task(self._bind(args), name=f"bind {args.pod}")
+        self._binds[args.pod.uid] = (args.node, task)
+        task.add_done_callback(lambda _: self._binds.pop(args.pod.uid, None))
+        return await asyncio.shield(task)
+
+    async def _bind(self, args: BindArgs) -> str:
+        latest = self._clock() + self._settings.bind_deadline_seconds
+        waiting_for = self._waiting_for()
+        if waiting_for:
+            return f"Tangram is not ready: waiting for {', '.join(waiting_for)}"
+        await self._stop_settling(args.pod.uid)
+        try:
+            pod = await self._find(args.pod)
+        except KubeError as error:
+            return f"cannot read {args.pod}: {error}"
+        refusal = _unbindable(pod, args)
+        if refusal:
+            return refusal
+        assert isinstance(pod.ask, Demand)
+        if pod.node == args.node:
+            return ""
+        if not pod.ask:
+            return await self._bind_without_devices(args, latest)
+        devices = self._assume(pod, pod.ask, args.node)
+        if isinstance(devices, Refusal):
+            return f"{args.node}: {devices.reason}"
+        self._truth.fits(pod.ref.uid)
+        if self._kube is None:
+            self._ledger.confirm(pod.ref.uid, now=self._clock())
+            return ""
+        return await self._write_and_bind(self._kube, pod.ref, devices, latest)
+
+    async def _find(self, ref: PodRef) -> Pod:
+        """The pod of that UID, from the watch or else from the API server. Raises KubeError."""
+        known = self._truth.pods.get(ref.uid)
+        if known is not None and known.ref == ref:
+            return known
+        if self._kube is None:
+            raise NotFound(f"no pod {ref} with UID {ref.uid} has been through filter")
+        pod = pod_of(await self._kube.get_pod(ref.namespace, ref.name))
+        self._truth.pod_seen(pod)
+        return pod
+
+    def _assume(self, pod: Pod, demand: Demand, node: str) -> Placement | Refusal:
+        """Decide again on the node that we were given, and take the devices."""
+        hold = self._ledger.get(pod.ref.uid)
+        if hold is not None and hold.phase is Phase.ASSUMED and hold.node == node:
+            return Placement(node, hold.devices, hold.prices)
+        now = self._clock()
+        self._offers.refresh(now=now)
+        best = self._offers.best(demand, node, uid=pod.ref.uid)
+        if isinstance(best, Refusal):
+            return best
+        seen, _ = self._offers.view(node)
+        refusal = self._ledger.assume(pod.ref, demand, best, now=now, legal=legal(seen))
+        return best if refusal is None else refusal
+
+    async def _write_and_bind(self, kube: Kube, pod: PodRef, placement: Placement, latest: float) -> str:
+        text = write_placement(pod.uid, placement.node, placement.devices)
+        try:
+            version = await kube.annotate_pod(
+                pod.namespace, pod.name, {PLACEMENT_ANNOTATION: text}, uid=pod.uid, timeout=self._left(latest)
+            )
+        except Refused as error:
+            self._ledger.forget(pod.uid)
+            return f"the placement could not be written to {pod}: {error}"
+        except KubeError as error:
+            self.settle(pod)
+            return f"it is not known whether the placement was written to {pod}: {error}"
+        if self._clock() >= latest or self._waiting_for():
+            self.settle(pod)
+            return f"no time was left to bind {pod} after its placement had been written"
+        try:
+            await kube.bind(
+                pod.namespace,
+                pod.name,
+                placement.node,
+                uid=pod.uid,
+                resource_version=version,
+                timeout=self._left(latest),
+            )
+        except Refused as error:
+            return await self._bind_refused(kube, pod, placement.node, error)
+        except KubeError as error:
+            self.settle(pod)
+            return f"it is not known whether {pod} was bound: {error}"
+        self._ledger.confirm(pod.uid, now=self._clock())
+        return ""
+
+    async def _bind_refused(self, kube: Kube, pod: PodRef, node: str, error: Refused) -> str:
+        """Undo, unless the conflict is that an earlier Binding of ours had been made after all."""
+        if isinstance(error, Conflict):
+            try:
+                now = pod_of(await kube.get_pod(pod.namespace, pod.name))
+            except KubeError:
+                self.settle(pod)
+                return f"{pod} could not be bound: {error}"
+            if now.ref.uid == pod.uid and now.node == node:
+                self._truth.pod_seen(now)
+                return ""
+        self.check(node, f"its last bind was refused: {error}")
+        try:
+            await kube.annotate_pod(
+                pod.namespace, pod.name, {PLACEMENT_ANNOTATION: None}, uid=pod.uid, timeout=FIRST_RETRY_SECONDS * 10
+            )
+        except NotFound:
+            pass
+        except KubeError:
+            self.settle(pod)
+            return f"{pod} could not be bound: {error}"
+        self._ledger.forget(pod.uid)
+        return f"{pod} could not be bound: {error}"
+
+    async def _bind_without_devices(self, args: BindArgs, latest: float) -> str:
+        """A pod that asks for nothing of ours, sent to us all the same (managedResources is empty)."""
+        if self._kube is None:
+            return ""
+        pod = args.pod
+        try:
+            await self._kube.bind(
+                pod.namespace, pod.name, args.node, uid=pod.uid, resource_version="", timeout=self._left(latest)
+            )
+        except KubeError as error:
+            return f"{pod} could not be bound: {error}"
+        return ""
+
+    def _left(self, latest: float) -> float:
+        return max(0.05, latest - self._clock())
+
+    # -- settling what is not known -------------------------------------------------------------------
+
+    def settle(self, pod: PodRef) -> None:
+        """Find out from the API server what became of a bind, and free the devices if it was not made."""
+        if self._kube is not None and pod.uid not in self._settling:
+            task = asyncio.create_task(self._settle(self._kube, pod), name=f"settle {pod}")
+            self._settling[pod.uid] = task
+            task.add_done_callback(lambda _: self._settling.pop(pod.uid, None))
+
+    def settle_orphans(self) -> None:
+        """Settle what was assumed long ago and is being bound by nobody (the service was restarted, say)."""
+        before = self._clock() - self._settings.orphan_seconds
+        for hold in self._ledger.assumed():
+            if hold.since < before and hold.pod.uid not in self._binds:
+                self.settle(hold.pod)
+
+    async def _settle(self, kube: Kube, ref: PodRef) -> None:
+        pause = FIRST_RETRY_SECONDS
+        while not await self._settled(kube, ref):
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_RETRY_SECONDS)
+
+    async def _settled(self, kube: Kube, ref: PodRef) -> bool:
+        """One try. The removal carries the version that was read, so that a Binding still under way conflicts."""
+        try:
+            pod = pod_of(await kube.get_pod(ref.namespace, ref.name))
+            if pod.ref.uid != ref.uid:
+                raise NotFound(f"{ref} is another pod now")
+            if pod.node or pod.finished:
+                self._truth.pod_seen(pod)
+                return True
+            await kube.annotate_pod(
+                ref.namespace,
+                ref.name,
+                {PLACEMENT_ANNOTATION: None},
+                uid=ref.uid,
+                resource_version=pod.resource_version,
+                timeout=LONGEST_RETRY_SECONDS,
+            )
+        except NotFound:
+            self._truth.pod_gone(ref.uid)
+            return True
+        except KubeError as error:
+            log.info("settling %s: %s", ref, error)
+            return False
+        hold = self._ledger.get(ref.uid)
+        self._ledger.forget(ref.uid)
+        if hold is not None:
+            self._truth.made_room(hold.node)
+        return True
+
+    async def _stop_settling(self, uid: str) -> None:
+        task = self._settling.get(uid)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    # -- nodes in doubt -------------------------------------------------------------------------------
+
+    def check(self, node: str, reason: str) -> None:
+        """Keep a node back until what is on it has been read again from the API server."""
+        if self._kube is None or node in self._checking:
+            return
+        self._offers.bar(node, reason)
+        task = asyncio.create_task(self._check(self._kube, node), name=f"check {node}")
+        self._checking[node] = task
+        task.add_done_callback(lambda _: self._checking.pop(node, None))
+
+    async def _check(self, kube: Kube, node: str) -> None:
+        pause = FIRST_RETRY_SECONDS
+        while True:
+            try:
+                await kube.get_node(node)
+                pods = await kube.list("pods", fields=f"spec.nodeName={node}")
+                for pod in pods.items:
+                    self._truth.pod_seen(pod_of(pod))
+                self._offers.unbar(node)
+                self._truth.made_room(node)
+                return
+            except NotFound:
+                self._offers.bar(node, "the API server has no such node")
+                return
+            except KubeError as error:
+                log.info("checking node %s: %s", node, error)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_RETRY_SECONDS)
+
+    async def close(self) -> None:
+        """Let binds in flight end, then stop everything else."""
+        binds = [task for _, task in self._binds.values()]
+        if binds:
+            await asyncio.wait(binds, timeout=self._settings.bind_deadline_seconds)
+        rest = [*self._settling.values(), *self._checking.values()]
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+
+
+def summary(reasons: Sequence[str]) -> str:
+    """Reasons of many nodes in one line: the most frequent first."""
+    if not reasons:
+        return "kube-scheduler offered no node"
+    counted = Counter(reasons).most_common()
+    parts = [f"{count} node{'s' if count != 1 else ''}: {reason}" for reason, count in counted[:REASONS_KEPT]]
+    more = len(counted) - REASONS_KEPT
+    return "; ".join(parts) + (f"; and {more} other reasons" if more > 0 else "")
+
+
+def _only(hold: Hold, names: Sequence[str]) -> Filtered:
+    """The answer for a pod whose devices are already taken: that node, and no other."""
+    where = f"{hold.pod} already has devices on {hold.node} ({hold.phase.value})"
+    others = {name: where for name in names if name != hold.node}
+    return Filtered([hold.node] if hold.node in names else [], {}, others)
+
+
+def _unbindable(pod: Pod, args: BindArgs) -> str:
+    """Why this pod cannot be bound there, whatever is free; empty if it can."""
+    if pod.ref.uid != args.pod.uid:
+        return f"{args.pod} has UID {pod.ref.uid} now, the bind is for {args.pod.uid}"
+    if pod.node and pod.node != args.node:
+        return f"{args.pod} is already bound to {pod.node}"
+    if pod.finished or (pod.terminating and not pod.node):
+        return f"{args.pod} is being deleted or has finished"
+    if isinstance(pod.ask, Malformed):
+        return pod.ask.reason
+    return ""

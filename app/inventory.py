@@ -1,0 +1,185 @@
+"""What agents last said about their nodes, and how old it is.
+
+Turns reports into the solver's `Node`; the geometry is the report's, never a table's. Knows nothing of pods
+except what agents saw of them (which pod has a process on which device).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from app.report import Gpu, Instance, Link, NodeReport, Unchanged
+from app.translate import profile_as_asked
+from solver import Device, Geometry, Node, Profile, Slice
+from solver import Gpu as SolverGpu
+
+# Bandwidth of a PCIe path in GB/s both ways, by NVML's common ancestor: nominal gen-4 x16 inside one switch and
+# less with each hop (hardware reference section 2.1; the order matters here, not the figure).
+PCIE_GBS = {"internal": 64, "single": 64, "multiple": 48, "hostbridge": 32, "node": 24, "system": 16}
+
+
+@dataclass(slots=True)
+class Entry:
+    """One node's last report: as said, as the solver sees it, and when we last heard of it."""
+
+    report: NodeReport
+    node: Node
+    users: dict[Device, frozenset[str]]
+    heard: float
+    lasting: bool = False
+    full_reports: int = field(default=1)
+
+
+class Inventory:
+    """The last report of every node."""
+
+    def __init__(self, *, stale_seconds: float) -> None:
+        self._stale_seconds = stale_seconds
+        self._entries: dict[str, Entry] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._entries))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, name: str) -> Entry | None:
+        """What is known of a node, stale or not."""
+        return self._entries.get(name)
+
+    def accept(self, report: NodeReport, *, now: float, lasting: bool = False) -> Entry:
+        """Take a full report. `lasting`: it came from a file and never goes stale."""
+        before = self._entries.get(report.node)
+        entry = Entry(report, node_of(report), users_of(report), now, lasting)
+        if before is not None:
+            entry.full_reports = before.full_reports + 1
+        self._entries[report.node] = entry
+        return entry
+
+    def beat(self, unchanged: Unchanged, *, now: float) -> bool:
+        """An agent says "nothing new"; False where we do not hold the version that it means."""
+        entry = self._entries.get(unchanged.node)
+        if entry is None or (entry.report.boot, entry.report.version) != (unchanged.boot, unchanged.version):
+            return False
+        entry.heard = now
+        return True
+
+    def drop(self, name: str) -> None:
+        """Forget a node that is gone."""
+        self._entries.pop(name, None)
+
+    def silent_for(self, name: str, *, now: float) -> float:
+        """Seconds since the node was last heard of; 0 for lasting entries."""
+        entry = self._entries[name]
+        return 0.0 if entry.lasting else max(0.0, now - entry.heard)
+
+    def fault(self, name: str, *, now: float) -> str:
+        """Why nothing of this node may be offered, in words; empty when all is well."""
+        entry = self._entries.get(name)
+        if entry is None:
+            return "no agent has reported this node's GPUs"
+        silent = self.silent_for(name, now=now)
+        if silent > self._stale_seconds:
+            return f"its agent has been silent for {silent:.0f} s"
+        if entry.report.error:
+            return f"its agent cannot read NVML: {entry.report.error}"
+        return ""
+
+    def profiles(self) -> frozenset[str]:
+        """Every MIG profile that some board reports, as pods can ask for it."""
+        return frozenset(
+            profile.name
+            for entry in self._entries.values()
+            for gpu in entry.node.gpus
+            if gpu.geometry is not None
+            for profile in gpu.geometry.profiles
+        )
+
+
+def node_of(report: NodeReport) -> Node:
+    """The solver's view of a report: GPUs in index order, geometry where MIG is on, link bandwidths."""
+    gpus = tuple(sorted(report.gpus, key=lambda gpu: gpu.index))
+    return Node(report.node, tuple(_gpu(gpu) for gpu in gpus), _links([gpu.uuid for gpu in gpus], report.links))
+
+
+def users_of(report: NodeReport) -> dict[Device, frozenset[str]]:
+    """Which pods (UIDs) have processes on which device."""
+    users: dict[Device, frozenset[str]] = {}
+    for gpu in report.gpus:
+        if gpu.pods:
+            users[Device(gpu.uuid)] = frozenset(gpu.pods)
+        for instance in _instances(gpu):
+            if instance.pods:
+                users[Device(gpu.uuid, _slice(instance))] = frozenset(instance.pods)
+    return users
+
+
+def _gpu(gpu: Gpu) -> SolverGpu:
+    withheld = f"unhealthy: {gpu.health_reason or 'no reason given'}" if gpu.health == "bad" else ""
+    hidden = sum(1 for instance in (gpu.mig.instances if gpu.mig else ()) if instance.start is None)
+    if hidden:
+        withheld = f"{hidden} MIG instances exist whose places its agent may not see (it is not privileged)"
+    if gpu.mig is not None and gpu.mig.pending not in (None, gpu.mig.enabled):
+        withheld = "MIG mode is about to change with the next reset"
+    return SolverGpu(
+        uuid=gpu.uuid,
+        index=gpu.index,
+        product=gpu.product,
+        memory_mib=gpu.memory_mib,
+        numa=gpu.numa,
+        geometry=_geometry(gpu),
+        instances=tuple(sorted(_slice(instance) for instance in _instances(gpu))),
+        withheld=withheld,
+    )
+
+
+def _geometry(gpu: Gpu) -> Geometry | None:
+    """The board's grid as NVML lists it: as wide as the furthest placement, totals from what one profile takes.
+
+    NVML gives no engine totals; a board has at least what its largest profile takes, and a profile that may
+    exist n times needs n of what it takes.
+    """
+    if gpu.mig is None or not gpu.mig.enabled:
+        return None
+    profiles = tuple(
+        Profile(
+            name=profile_as_asked(profile.name),
+            id=profile.id,
+            size=profile.placements[0].size,
+            starts=tuple(sorted(placement.start for placement in profile.placements)),
+            compute_slices=profile.compute_slices,
+            memory_mib=profile.memory_mib,
+            engines=tuple(sorted((name, count) for name, count in profile.engines.items() if count)),
+        )
+        for profile in gpu.mig.profiles
+        if profile.placements
+    )
+    totals: dict[str, int] = {}
+    for reported in gpu.mig.profiles:
+        for name, count in reported.engines.items():
+            totals[name] = max(totals.get(name, 0), count * max(1, reported.max_instances))
+    return Geometry(
+        width=max((start + profile.size for profile in profiles for start in profile.starts), default=0),
+        compute_slices=max((profile.compute_slices for profile in profiles), default=0),
+        profiles=profiles,
+        engines=tuple(sorted(totals.items())),
+    )
+
+
+def _instances(gpu: Gpu) -> list[Instance]:
+    """The instances whose place is known."""
+    return [instance for instance in (gpu.mig.instances if gpu.mig else ()) if instance.start is not None]
+
+
+def _slice(instance: Instance) -> Slice:
+    assert instance.start is not None
+    return Slice(profile_as_asked(instance.profile), instance.start)
+
+
+def _links(uuids: list[str], links: tuple[Link, ...]) -> tuple[tuple[int, ...], ...]:
+    place = {uuid: position for position, uuid in enumerate(uuids)}
+    size = len(uuids)
+    matrix = [[0 if row == column else PCIE_GBS["system"] for column in range(size)] for row in range(size)]
+    for link in links:
+        a, b = place[link.a], place[link.b]
+        matrix[a][b] = matrix[b][a] = link.gbs if link.nvlinks and link.gbs else PCIE_GBS[link.pcie]
+    return tuple(tuple(row) for row in matrix)

@@ -1,0 +1,245 @@
+"""The calls that we make to the API server: a narrow port (`Kube`) and its implementation.
+
+The only file that imports a Kubernetes client. It uses `kubernetes.aio` for configuration, credentials, TLS
+and connections, and reads answers as plain JSON: building model objects for every pod of a large cluster
+costs seconds. Errors become ours (`app.errors`): a 4xx is a definite no, everything else is unknown.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlencode
+
+import aiohttp
+import orjson
+from kubernetes.aio.client import ApiClient, Configuration
+from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
+
+from app.errors import BadInput, Conflict, Gone, KubeError, NotFound, Refused, Unknown
+
+Json = dict[str, Any]
+PAGE = 1000  # objects per list call: a page of full pods stays within some ten megabytes
+QUIET_SECONDS = 90.0  # API servers send bookmarks each minute; longer silence means a dead connection
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One consistent list: its items and the resourceVersion from which to watch."""
+
+    items: list[Json]
+    resource_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One watch event: ADDED, MODIFIED, DELETED or BOOKMARK, and the object."""
+
+    type: str
+    object: Json
+
+
+class Kube(Protocol):
+    """The verbs we use. `resource` is "pods" or "nodes". All raise `KubeError`."""
+
+    async def list(self, resource: str, *, fields: str = "") -> Listed: ...
+    def watch(self, resource: str, *, resource_version: str, seconds: float) -> AsyncIterator[Event]: ...
+    async def get_pod(self, namespace: str, name: str) -> Json: ...
+    async def get_node(self, name: str) -> Json: ...
+    async def annotate_pod(
+        self,
+        namespace: str,
+        name: str,
+        annotations: Mapping[str, str | None],
+        *,
+        uid: str,
+        resource_version: str = "",
+        timeout: float,
+    ) -> str: ...
+    async def annotate_node(self, name: str, annotations: Mapping[str, str | None]) -> None: ...
+    async def bind(
+        self, namespace: str, name: str, node: str, *, uid: str, resource_version: str, timeout: float
+    ) -> None: ...
+    async def get_lease(self, namespace: str, name: str) -> Json: ...
+    async def create_lease(self, namespace: str, lease: Json) -> Json: ...
+    async def replace_lease(self, namespace: str, name: str, lease: Json) -> Json: ...
+    async def close(self) -> None: ...
+
+
+async def connect(kubeconfig: Path | None) -> "ApiServer":
+    """Read the kubeconfig file, or the pod's own service account. Raises BadInput in words."""
+    configuration = Configuration()
+    configuration.connection_pool_maxsize = 200  # one connection for each bind in flight
+    try:
+        if kubeconfig is not None:
+            await load_kube_config(config_file=str(kubeconfig), client_configuration=configuration)
+        else:
+            load_incluster_config(client_configuration=configuration)
+    except (ConfigException, OSError) as error:
+        where = f"kubeconfig {kubeconfig}" if kubeconfig else "the pod's service account (give --kubeconfig outside a pod)"
+        raise BadInput(f"cannot read {where}: {error}") from error
+    return ApiServer(ApiClient(configuration))
+
+
+class ApiServer:
+    """`Kube` over HTTP."""
+
+    def __init__(self, client: ApiClient) -> None:
+        self._client = client
+
+    async def list(self, resource: str, *, fields: str = "") -> Listed:
+        """Every object, page by page, as of one moment (the most recent)."""
+        items: list[Json] = []
+        query = {"limit": str(PAGE)}
+        if fields:
+            query["fieldSelector"] = fields
+        while True:
+            page = await self._json("GET", f"/api/v1/{resource}", query=query, timeout=60)
+            items += page.get("items") or []
+            meta = page.get("metadata") or {}
+            if not meta.get("continue"):
+                return Listed(items, meta.get("resourceVersion") or "")
+            query["continue"] = meta["continue"]
+
+    async def watch(self, resource: str, *, resource_version: str, seconds: float) -> AsyncIterator[Event]:
+        """Events after that version, until the server or the time ends them. Raises Gone where it is too old."""
+        query = {
+            "watch": "1",
+            "allowWatchBookmarks": "true",
+            "resourceVersion": resource_version,
+            "timeoutSeconds": str(max(1, int(seconds))),
+        }
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=QUIET_SECONDS)
+        async with self._response("GET", f"/api/v1/{resource}", query=query, timeout=timeout) as response:
+            async for line in response.content:
+                event = _parse(line, "a watch event")
+                if event.get("type") == "ERROR":
+                    raise _error(int(event["object"].get("code") or 500), f"watch {resource}", line)
+                yield Event(event["type"], event["object"])
+
+    async def get_pod(self, namespace: str, name: str) -> Json:
+        """The pod as it is now."""
+        return await self._json("GET", f"/api/v1/namespaces/{namespace}/pods/{name}", timeout=5)
+
+    async def get_node(self, name: str) -> Json:
+        """The node as it is now."""
+        return await self._json("GET", f"/api/v1/nodes/{name}", timeout=5)
+
+    async def annotate_pod(
+        self,
+        namespace: str,
+        name: str,
+        annotations: Mapping[str, str | None],
+        *,
+        uid: str,
+        resource_version: str = "",
+        timeout: float,
+    ) -> str:
+        """Set annotations (None removes) on the pod with that UID, and that version if given; the new version."""
+        metadata: Json = {"uid": uid, "annotations": dict(annotations)}
+        if resource_version:
+            metadata["resourceVersion"] = resource_version
+        patched = await self._json(
+            "PATCH", f"/api/v1/namespaces/{namespace}/pods/{name}", body={"metadata": metadata}, timeout=timeout
+        )
+        return str(patched["metadata"]["resourceVersion"])
+
+    async def annotate_node(self, name: str, annotations: Mapping[str, str | None]) -> None:
+        """Set annotations on a node."""
+        await self._json(
+            "PATCH", f"/api/v1/nodes/{name}", body={"metadata": {"annotations": dict(annotations)}}, timeout=5
+        )
+
+    async def bind(
+        self, namespace: str, name: str, node: str, *, uid: str, resource_version: str, timeout: float
+    ) -> None:
+        """Create the Binding. kube-apiserver honours uid and resourceVersion as preconditions (409 otherwise)."""
+        metadata = {"name": name, "namespace": namespace, "uid": uid}
+        if resource_version:
+            metadata["resourceVersion"] = resource_version
+        body: Json = {
+            "apiVersion": "v1",
+            "kind": "Binding",
+            "metadata": metadata,
+            "target": {"apiVersion": "v1", "kind": "Node", "name": node},
+        }
+        await self._json("POST", f"/api/v1/namespaces/{namespace}/pods/{name}/binding", body=body, timeout=timeout)
+
+    async def get_lease(self, namespace: str, name: str) -> Json:
+        """The Lease, or NotFound."""
+        return await self._json("GET", f"{_leases(namespace)}/{name}", timeout=5)
+
+    async def create_lease(self, namespace: str, lease: Json) -> Json:
+        """A new Lease; Conflict where somebody was faster."""
+        return await self._json("POST", _leases(namespace), body=lease, timeout=5)
+
+    async def replace_lease(self, namespace: str, name: str, lease: Json) -> Json:
+        """Replace the Lease of that resourceVersion; Conflict where it has changed."""
+        return await self._json("PUT", f"{_leases(namespace)}/{name}", body=lease, timeout=5)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._client.close()
+
+    async def _json(
+        self, method: str, path: str, *, query: Mapping[str, str] | None = None, body: Json | None = None, timeout: float
+    ) -> Json:
+        limit = aiohttp.ClientTimeout(total=timeout)
+        async with self._response(method, path, query=query, body=body, timeout=limit) as response:
+            return _parse(await response.read(), f"the answer to {method} {path}")
+
+    @asynccontextmanager
+    async def _response(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: Json | None = None,
+        timeout: aiohttp.ClientTimeout,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """One call; a 4xx raises `Refused`, all else that goes wrong raises `Unknown`."""
+        what = f"{method} {path}"
+        headers = {"Accept": "application/json"}
+        if method == "PATCH":
+            headers["Content-Type"] = "application/merge-patch+json"
+        # param_serialize also adds the credentials, renewed where they rotate
+        _, url, headers, sent, _ = await self._client.param_serialize(
+            method, path, header_params=headers, body=body, auth_settings=["BearerToken"]
+        )
+        if query:
+            url = f"{url}?{urlencode(query)}"
+        try:
+            answer = await self._client.call_api(method, url, headers, sent, _request_timeout=timeout)
+            response: aiohttp.ClientResponse = answer.response
+            async with response:
+                if response.status >= 300:
+                    raise _error(response.status, what, await response.read())
+                yield response
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Unknown(f"{what}: {type(error).__name__} {error}".rstrip()) from error
+
+
+def _leases(namespace: str) -> str:
+    return f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
+
+
+def _parse(text: bytes, what: str) -> Json:
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise Unknown(f"{what} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise Unknown(f"{what} is not an object")
+    return value
+
+
+def _error(status: int, what: str, body: bytes) -> KubeError:
+    try:
+        message = str(orjson.loads(body).get("message") or "")
+    except (orjson.JSONDecodeError, AttributeError):
+        message = body[:200].decode(errors="replace")
+    kinds: dict[int, type[KubeError]] = {404: NotFound, 409: Conflict, 410: Gone, 429: Unknown}
+    kind = kinds.get(status, Refused if 400 <= status < 500 else Unknown)
+    return kind(f"{what}: {status} {message}".rstrip())

@@ -1,0 +1,238 @@
+"""Who holds what.
+
+            propose            assume              confirm             leave
+   (free) ──────────▶ PROPOSED ───────▶ ASSUMED ──────────▶ HELD ──────────▶ LEAVING
+      ▲                  │ expire/         │ forget           │ release          │ release
+      └──────────────────┴─────────────────┴──────────────────┴──────────────────┘
+
+What stands behind it:
+
+* A proposal is soft: it never refuses anybody, it only makes others look elsewhere first.
+* ASSUMED: a bind is being made, or was made with an unknown outcome. Nothing but a definite answer ends it.
+* HELD: seen bound on the API server (or bound by us). Its devices may be unknown (a pod that was there before
+  us): then `devices` is empty and whoever offers that node must keep back whatever could be its device.
+* LEAVING: the pod is gone from the API server, but its devices have not been seen idle yet.
+
+No method awaits and none reads a clock, so each is atomic and every order of events can be played in a test.
+**The law**: ASSUMED, HELD and LEAVING never overlap on a device, unless the API server itself says so.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from app.translate import PodRef
+from solver import Demand, Device, Placement, Refusal
+
+Legal = Callable[[tuple[Device, ...], tuple[Device, ...]], Refusal | None]
+
+
+class Phase(Enum):
+    """Where a hold stands. All but PROPOSED refuse others."""
+
+    PROPOSED = "proposed"
+    ASSUMED = "assumed"
+    HELD = "held"
+    LEAVING = "leaving"
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """One pod's promise. `since` is when it came into this phase, in seconds of the caller's clock.
+
+    `devices` is empty only for a HELD pod that Tangram did not place, until somebody tells which they are.
+    `not_before`, for LEAVING: the earliest moment at which an idle device may be believed to be free.
+    """
+
+    pod: PodRef
+    node: str
+    demand: Demand
+    devices: tuple[Device, ...]
+    phase: Phase
+    since: float
+    prices: tuple[tuple[str, int], ...] = ()
+    not_before: float = 0.0
+
+    @property
+    def firm(self) -> bool:
+        """Whether it refuses others."""
+        return self.phase is not Phase.PROPOSED
+
+    @property
+    def unknown(self) -> bool:
+        """Whether it holds devices that nobody can name yet."""
+        return self.firm and not self.devices and bool(self.demand)
+
+
+class Ledger:
+    """Every hold, by pod UID and by node. `drain_changes` names the nodes whose holds changed since last asked."""
+
+    def __init__(self) -> None:
+        self._holds: dict[str, Hold] = {}
+        self._by_node: dict[str, dict[str, Hold]] = {}
+        self._soft: dict[str, set[str]] = {}
+        self._leaving: set[str] = set()
+        self._assumed: set[str] = set()
+        self._changed: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._holds)
+
+    def __iter__(self) -> Iterator[Hold]:
+        return iter(list(self._holds.values()))
+
+    def get(self, uid: str) -> Hold | None:
+        """What this pod holds, if anything."""
+        return self._holds.get(uid)
+
+    def on(self, node: str) -> tuple[Hold, ...]:
+        """Every hold on a node, oldest first."""
+        return tuple(self._by_node.get(node, {}).values())
+
+    def taken(self, node: str, *, but: Iterable[str] = ()) -> tuple[Device, ...]:
+        """Devices on a node that refuse others, leaving out the pods in `but`."""
+        without = set(but)
+        return tuple(
+            device
+            for uid, hold in self._by_node.get(node, {}).items()
+            if hold.firm and uid not in without
+            for device in hold.devices
+        )
+
+    def proposed(self, node: str, *, but: str = "") -> tuple[Device, ...]:
+        """Devices on a node that are softly promised to pods other than `but`."""
+        return tuple(
+            device
+            for uid, hold in self._by_node.get(node, {}).items()
+            if not hold.firm and uid != but
+            for device in hold.devices
+        )
+
+    def nodes_with_proposals(self) -> frozenset[str]:
+        """Where something is softly promised."""
+        return frozenset(self._soft)
+
+    def leaving(self) -> tuple[Hold, ...]:
+        """Pods that are gone, with devices that have not been seen idle."""
+        return tuple(self._holds[uid] for uid in self._leaving)
+
+    def assumed(self) -> tuple[Hold, ...]:
+        """Pods with a bind under way or of unknown outcome."""
+        return tuple(self._holds[uid] for uid in self._assumed)
+
+    def drain_changes(self) -> set[str]:
+        """Nodes whose firm holds changed since the last call."""
+        changed, self._changed = self._changed, set()
+        return changed
+
+    # -- the transitions ------------------------------------------------------------------------------
+
+    def propose(self, pod: PodRef, demand: Demand, placement: Placement, *, now: float) -> None:
+        """Promise softly; replaces this pod's earlier proposal, never an assumed or held placement."""
+        current = self._holds.get(pod.uid)
+        if current is not None and current.firm:
+            return
+        self._put(Hold(pod, placement.node, demand, placement.devices, Phase.PROPOSED, now, placement.prices))
+
+    def assume(
+        self, pod: PodRef, demand: Demand, placement: Placement, *, now: float, legal: Legal
+    ) -> Refusal | None:
+        """Take the devices for a bind, or say why not.
+
+        `legal(taken, devices)` checks the devices against what others firmly hold on that node: the same
+        check that `verify` makes, independent of how the placement was found.
+        """
+        current = self._holds.get(pod.uid)
+        if current is not None and current.firm:
+            return Refusal(f"{pod} already has {_names(current)} on {current.node}", resolvable=False)
+        refusal = legal(self.taken(placement.node), placement.devices)
+        if refusal is None:
+            self._put(Hold(pod, placement.node, demand, placement.devices, Phase.ASSUMED, now, placement.prices))
+        return refusal
+
+    def restore(self, hold: Hold) -> None:
+        """Enter what the API server says (after a restart, or a pod that others have bound), conflicts and all.
+
+        The API server is the truth: if it gives one device to two pods, both are entered, and the device is
+        free only when both are gone.
+        """
+        self._put(hold)
+
+    def confirm(self, uid: str, *, now: float) -> None:
+        """The Binding is known to have been made."""
+        hold = self._holds.get(uid)
+        if hold is not None and hold.phase is Phase.ASSUMED:
+            self._put(replace(hold, phase=Phase.HELD, since=now))
+
+    def explain(self, uid: str, devices: tuple[Device, ...]) -> None:
+        """Somebody saw which devices a pod of unknown devices uses."""
+        hold = self._holds.get(uid)
+        if hold is not None and hold.unknown:
+            self._put(replace(hold, devices=tuple(sorted(devices))))
+
+    def forget(self, uid: str) -> None:
+        """The bind was definitely not made: the devices are free again."""
+        hold = self._holds.get(uid)
+        if hold is not None and hold.phase in (Phase.PROPOSED, Phase.ASSUMED):
+            self._drop(hold)
+
+    def leave(self, uid: str, *, now: float, not_before: float) -> None:
+        """The pod is gone from the API server; its devices stay taken until they have been seen idle."""
+        hold = self._holds.get(uid)
+        if hold is not None and hold.firm and hold.phase is not Phase.LEAVING:
+            self._put(replace(hold, phase=Phase.LEAVING, since=now, not_before=not_before))
+
+    def release(self, uid: str) -> None:
+        """The pod has finished, or its devices were seen idle after it had gone."""
+        hold = self._holds.get(uid)
+        if hold is not None:
+            self._drop(hold)
+
+    def expire(self, *, before: float) -> list[Hold]:
+        """End the proposals made before that time."""
+        proposals = [self._holds[uid] for uids in self._soft.values() for uid in uids]
+        lapsed = [hold for hold in proposals if hold.since < before]
+        for hold in lapsed:
+            self._drop(hold)
+        return lapsed
+
+    # -- bookkeeping ----------------------------------------------------------------------------------
+
+    def _put(self, hold: Hold) -> None:
+        before = self._holds.get(hold.pod.uid)
+        if before is not None and before.node != hold.node:
+            self._drop(before)
+            before = None
+        self._holds[hold.pod.uid] = hold
+        self._by_node.setdefault(hold.node, {})[hold.pod.uid] = hold
+        self._unindex(hold)
+        if hold.phase is Phase.LEAVING:
+            self._leaving.add(hold.pod.uid)
+        elif hold.phase is Phase.ASSUMED:
+            self._assumed.add(hold.pod.uid)
+        elif hold.phase is Phase.PROPOSED:
+            self._soft.setdefault(hold.node, set()).add(hold.pod.uid)
+        if (before is not None and before.firm) or hold.firm:
+            self._changed.add(hold.node)
+
+    def _drop(self, hold: Hold) -> None:
+        del self._holds[hold.pod.uid]
+        self._unindex(hold)
+        of_node = self._by_node[hold.node]
+        del of_node[hold.pod.uid]
+        if not of_node:
+            del self._by_node[hold.node]
+        if hold.firm:
+            self._changed.add(hold.node)
+
+    def _unindex(self, hold: Hold) -> None:
+        self._leaving.discard(hold.pod.uid)
+        self._assumed.discard(hold.pod.uid)
+        soft = self._soft.get(hold.node, set())
+        soft.discard(hold.pod.uid)
+        if not soft:
+            self._soft.pop(hold.node, None)
+
+
+def _names(hold: Hold) -> str:
+    return ", ".join(str(device) for device in hold.devices) or "devices that are not known yet"

@@ -1,0 +1,265 @@
+"""What each node can still give: inventory and ledger put together, kept ready in the solver's Ranking.
+
+Work grows with changes: a node's rows are made anew when its report, its holds or its standing change, and at
+no other time. Here too is what may *not* be offered although it looks free: nodes whose agent is silent, nodes
+that are being checked again, and devices that could belong to a pod which nobody can place yet.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from app.inventory import Entry, Inventory
+from app.ledger import Hold, Ledger
+from solver import Demand, Device, Node, Placement, Policy, Ranking, Refusal
+from solver.geometry import faults
+
+View = tuple[Node, tuple[Device, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One node's answer to a demand. `soft` is false where only devices promised to others would do."""
+
+    node: str
+    price: int
+    soft: bool = True
+
+
+class Offers:
+    """The nodes that may be offered now, their prices, and why the others may not."""
+
+    def __init__(self, inventory: Inventory, ledger: Ledger, *, policy: Policy) -> None:
+        self._inventory = inventory
+        self._ledger = ledger
+        self._ranking = Ranking(policy)
+        self._barred: dict[str, str] = {}
+        self._faults: dict[str, str] = {}
+        self._dirty: set[str] = set()
+        self.updated = 0
+        """How many times a node's rows were made anew: work that must grow with changes only."""
+
+    # -- keeping up -----------------------------------------------------------------------------------
+
+    def touch(self, name: str) -> None:
+        """This node's report or standing has changed."""
+        self._dirty.add(name)
+
+    def bar(self, name: str, reason: str) -> None:
+        """Do not offer this node until `unbar`, whatever its report says."""
+        self._barred[name] = reason
+        self._dirty.add(name)
+
+    def unbar(self, name: str) -> None:
+        """Offer the node again as its report allows."""
+        if self._barred.pop(name, None) is not None:
+            self._dirty.add(name)
+
+    def refresh(self, *, now: float) -> None:
+        """Bring the rows of changed nodes up to date."""
+        self._dirty |= self._ledger.drain_changes()
+        while self._dirty:
+            self._update(self._dirty.pop(), now=now)
+
+    def sweep(self, *, now: float) -> list[str]:
+        """Look at every node's age; returns the nodes that are offered again after a fault."""
+        back = []
+        for name in self._inventory:
+            fault = self._fault(name, now=now)
+            if bool(fault) != bool(self._faults.get(name)):
+                self._dirty.add(name)
+                if not fault:
+                    back.append(name)
+            elif fault:
+                self._faults[name] = fault
+        return back
+
+    def _update(self, name: str, *, now: float) -> None:
+        self.updated += 1
+        fault = self._fault(name, now=now)
+        if fault:
+            self._faults[name] = fault
+            self._ranking.remove(name)
+            return
+        self._faults.pop(name, None)
+        node, taken = self.view(name)
+        self._ranking.put(node, taken)
+
+    def _fault(self, name: str, *, now: float) -> str:
+        return self._barred.get(name) or self._inventory.fault(name, now=now)
+
+    # -- asking ---------------------------------------------------------------------------------------
+
+    def fault(self, name: str) -> str:
+        """Why nothing of this node is offered; empty when it is."""
+        if name in self._faults:
+            return self._faults[name]
+        return "" if self._inventory.get(name) is not None else "no agent has reported this node's GPUs"
+
+    def fitting(self, demand: Demand, names: Iterable[str]) -> list[str]:
+        """The nodes among `names`, in their order, that have a legal step for the demand."""
+        prices = self._ranking.prices(demand)
+        return [name for name in names if name in prices]
+
+    def refusal(self, demand: Demand, name: str) -> Refusal:
+        """Why this node does not fit."""
+        fault = self.fault(name)
+        if fault:
+            return Refusal(fault, resolvable=False)
+        return self._ranking.refusal(demand, name)
+
+    def ranked(self, demand: Demand, names: Iterable[str], *, uid: str) -> list[Offer]:
+        """Fitting nodes, cheapest first, then by name; those that only fit on softly promised devices come last."""
+        prices = self._ranking.prices(demand)
+        contested = self._ledger.nodes_with_proposals()
+        offers = []
+        for name in names:
+            price = prices.get(name)
+            if price is None:
+                continue
+            if name in contested:
+                softly = self._soft_price(demand, name, uid=uid)
+                offers.append(Offer(name, price, soft=False) if softly is None else Offer(name, softly))
+            else:
+                offers.append(Offer(name, price))
+        offers.sort(key=lambda offer: (not offer.soft, offer.price, offer.node))
+        return offers
+
+    def best(self, demand: Demand, name: str, *, uid: str) -> Placement | Refusal:
+        """Exact devices on this node: its own earlier proposal if it still stands, else the best step, softly first."""
+        if self.fault(name):
+            return self.refusal(demand, name)
+        own = self._ledger.get(uid)
+        node, taken = self.view(name)
+        if own is not None and not own.firm and own.node == name and own.demand == demand:
+            if legal(node)(taken, own.devices) is None:
+                return Placement(name, own.devices, own.prices)
+        promised = self._unspoilt(node, taken, self._ledger.proposed(name, but=uid))
+        if promised:
+            softly = self._ranking.quote(node, (*taken, *promised), demand)
+            if softly is not None:
+                return softly
+        return self._ranking.best(demand, name) or self._ranking.refusal(demand, name)
+
+    def without(self, demand: Demand, name: str, victims: Sequence[str]) -> bool:
+        """Whether the demand would have a legal step here if these pods were gone."""
+        if self.fault(name):
+            return False
+        node, taken = self.view(name, but=victims)
+        return self._ranking.quote(node, taken, demand) is not None
+
+    def _soft_price(self, demand: Demand, name: str, *, uid: str) -> int | None:
+        node, taken = self.view(name)
+        promised = self._unspoilt(node, taken, self._ledger.proposed(name, but=uid))
+        return self._ranking.price(node, (*taken, *promised), demand)
+
+    @staticmethod
+    def _unspoilt(node: Node, taken: tuple[Device, ...], promised: tuple[Device, ...]) -> tuple[Device, ...]:
+        """Promises that can still be kept: one that meanwhile clashes with a firm hold, or another, is none."""
+        kept: list[Device] = []
+        check = legal(node)
+        for device in promised:
+            if check((*taken, *kept), (device,)) is None:
+                kept.append(device)
+        return tuple(kept)
+
+    # -- one node, as the solver may see it -----------------------------------------------------------
+
+    def view(self, name: str, *, but: Sequence[str] = ()) -> View:
+        """The node with everything kept back that could belong to somebody, and what is firmly taken.
+
+        `but` leaves out these pods (UIDs), as if they were gone.
+        """
+        entry = self._inventory.get(name)
+        assert entry is not None
+        holds = [hold for hold in self._ledger.on(name) if hold.firm and hold.pod.uid not in but]
+        taken = [device for hold in holds for device in hold.devices]
+        kept_back, seen = _strangers(entry, holds, but)
+        taken += seen
+        for hold in holds:
+            if hold.unknown:
+                gpus, slices = could_be(hold, entry.node, taken)
+                taken += slices
+                kept_back.update(dict.fromkeys(gpus, f"may be in use by {hold.pod}, which Tangram did not place"))
+        if not kept_back:
+            return entry.node, tuple(taken)
+        gpus_now = tuple(
+            replace(gpu, withheld=gpu.withheld or kept_back.get(gpu.uuid, "")) for gpu in entry.node.gpus
+        )
+        return replace(entry.node, gpus=gpus_now), tuple(taken)
+
+
+def _strangers(
+    entry: Entry, holds: Sequence[Hold], but: Sequence[str]
+) -> tuple[dict[str, str], list[Device]]:
+    """GPUs to keep back and slices to count as taken, because a pod that does not hold them was seen on them."""
+    kept_back: dict[str, str] = {}
+    seen: list[Device] = []
+    for device, uids in entry.users.items():
+        holders = {hold.pod.uid for hold in holds if device in hold.devices}
+        strangers = uids - holders - set(but)
+        if not strangers:
+            continue
+        if device.slice is None:
+            kept_back[device.gpu] = f"has processes of pod {min(strangers)}, which was not placed there"
+        elif not holders:
+            seen.append(device)
+    return kept_back, seen
+
+
+def could_be(hold: Hold, node: Node, taken: Sequence[Device]) -> tuple[list[str], list[Device]]:
+    """What a pod of unknown devices might be using: whole GPUs (UUIDs), and existing slices of its profiles.
+
+    Where a node does not show enough instances of an asked profile, every GPU that could be cut into it is
+    kept back.
+    """
+    held = set(taken)
+    gpus: list[str] = []
+    slices: list[Device] = []
+    if hold.demand.gpus:
+        gpus += [gpu.uuid for gpu in node.gpus if gpu.geometry is None and Device(gpu.uuid) not in held]
+    for profile, count in hold.demand.slices:
+        there = [
+            device
+            for gpu in node.gpus
+            for instance in gpu.instances
+            if instance.profile == profile and (device := Device(gpu.uuid, instance)) not in held
+        ]
+        slices += there
+        if len(there) < count:
+            gpus += [
+                gpu.uuid
+                for gpu in node.gpus
+                if gpu.geometry is not None and any(each.name == profile for each in gpu.geometry.profiles)
+            ]
+    return gpus, slices
+
+
+def legal(node: Node) -> Callable[[tuple[Device, ...], tuple[Device, ...]], Refusal | None]:
+    """The check that the ledger makes before it assumes: plain arithmetic on the node, no steps and no prices."""
+
+    def check(taken: tuple[Device, ...], devices: tuple[Device, ...]) -> Refusal | None:
+        gpus = {gpu.uuid: gpu for gpu in node.gpus}
+        for device in devices:
+            gpu = gpus.get(device.gpu)
+            if gpu is None:
+                return Refusal(f"{device.gpu} is not on {node.name}", resolvable=False)
+            if gpu.withheld:
+                return Refusal(f"{device.gpu}: {gpu.withheld}", resolvable=False)
+            others = [other for other in taken if other.gpu == device.gpu]
+            mine = [other for other in devices if other.gpu == device.gpu]
+            if device.slice is None or gpu.geometry is None:
+                if gpu.geometry is not None or device.slice is not None:
+                    return Refusal(f"{device} does not agree with the GPU's MIG mode", resolvable=False)
+                if others or len(mine) > 1:
+                    return Refusal(f"{device} is taken")
+                continue
+            slices = [other.slice for other in (*others, *mine)]
+            if any(each is None for each in slices) or len(set(slices)) < len(slices):
+                return Refusal(f"{device} is taken")
+            idle = [each for each in gpu.instances if each not in slices]
+            wrong = faults(gpu.geometry, [each for each in (*slices, *idle) if each is not None])
+            if wrong:
+                return Refusal(f"{device}: {wrong[0]}")
+        return None
+
+    return check

@@ -1,0 +1,103 @@
+"""Every knob of the service, its unit and why it has that default. Read once; handlers never see the environment."""
+
+import socket
+from pathlib import Path
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def _host_identity() -> str:
+    return socket.gethostname()
+
+
+class Settings(BaseSettings):
+    """`tangram serve`'s settings. Each can be given as an option or as `TANGRAM_<NAME>` in the environment."""
+
+    model_config = SettingsConfigDict(env_prefix="TANGRAM_", frozen=True, extra="ignore")
+
+    nodes: Path | None = Field(
+        default=None, description="inventory file (a JSON list of node reports); implies --standalone"
+    )
+    standalone: bool = Field(default=False, description="run without Kubernetes")
+
+    host: str = Field(default="127.0.0.1", description="address of the public listener")
+    port: int = Field(default=8080, ge=0, le=65535, description="port of the public listener")
+    extender_host: str = Field(default="127.0.0.1", description="address of the extender listener")
+    extender_port: int = Field(default=8443, ge=0, le=65535, description="port of the extender listener")
+    cert: Path | None = Field(default=None, description="server certificate of the extender listener (PEM)")
+    key: Path | None = Field(default=None, description="its private key (PEM)")
+    client_ca: Path | None = Field(
+        default=None, description="CA that has signed the client certificates kube-scheduler may show (PEM)"
+    )
+    plain: bool = Field(
+        default=False, description="serve the extender verbs without TLS; only on a loopback address"
+    )
+
+    kubeconfig: Path | None = Field(
+        default=None, description="kubeconfig file; absent: the pod's own service account"
+    )
+    namespace: str = Field(default="tangram-system", description="where the Lease lives")
+    lease_name: str = Field(default="tangram", description="name of the Lease: one holder serves")
+    identity: str = Field(
+        default_factory=_host_identity,
+        description="who we are in the Lease; a restarted container of the same pod keeps it, and so need not wait",
+    )
+    lease_seconds: float = Field(
+        default=15.0, gt=0, description="how long a silent holder keeps the Lease; kube's own components use 15"
+    )
+
+    proposal_seconds: float = Field(
+        default=10.0, gt=0, description="a proposal ends after this; kube-scheduler binds within a second or so"
+    )
+    stale_seconds: float = Field(
+        default=30.0, gt=0, description="an agent silent for this long makes its node stale: six missed reports"
+    )
+    cycle_deadline_seconds: float = Field(
+        default=1.0, gt=0, description="filter and prioritize answer within this, or say that they could not"
+    )
+    bind_deadline_seconds: float = Field(
+        default=12.0, gt=0, description="no Binding is sent later than this; below kube-scheduler's httpTimeout of 15"
+    )
+    orphan_seconds: float = Field(
+        default=20.0,
+        gt=0,
+        description="an assumed pod that nobody binds for this long loses its annotation, and then its devices",
+    )
+    wake_seconds: float = Field(
+        default=1.0, gt=0, description="at most one node is touched in this time to wake refused pods"
+    )
+    resync_seconds: float = Field(
+        default=300.0, gt=0, description="a watch is ended and lists again after this, should an event be lost"
+    )
+    report_limit_bytes: int = Field(default=1 << 20, gt=0, description="largest agent report that is read")
+    request_limit_bytes: int = Field(
+        default=64 << 20, gt=0, description="largest extender request that is read: 5,000 full nodes are 43 MB"
+    )
+    log_level: str = Field(default="info", description="debug, info, warning or error")
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Settings":
+        if self.plain and self.extender_host not in ("127.0.0.1", "::1", "localhost"):
+            raise ValueError("--plain is for loopback addresses only: give certificates, or bind to 127.0.0.1")
+        given = [name for name in ("cert", "key", "client_ca") if getattr(self, name) is not None]
+        if given and len(given) < 3:
+            raise ValueError(f"--cert, --key and --client-ca belong together; only {', '.join(given)} given")
+        if not given and not self.plain and not self.without_kubernetes:
+            raise ValueError(
+                "the extender verbs need --cert, --key and --client-ca (see `tangram certs`), "
+                "or --plain for a kube-scheduler on this very machine"
+            )
+        if not given and self.without_kubernetes and self.host not in ("127.0.0.1", "::1", "localhost"):
+            raise ValueError("standalone without certificates listens on a loopback address only")
+        return self
+
+    @property
+    def without_kubernetes(self) -> bool:
+        """Standalone, asked for directly or by giving an inventory file."""
+        return self.standalone or self.nodes is not None
+
+    @property
+    def one_listener(self) -> bool:
+        """Standalone without certificates: one plain loopback listener has every route."""
+        return self.without_kubernetes and self.cert is None

@@ -1,0 +1,260 @@
+"""What the API server last said about pods and nodes, and what follows from it for the ledger.
+
+Fed by `watch` (events and lists) and by `bind` (single reads). No I/O here; what must be *done* because of it
+(remove an annotation, touch a node) is left in `Chores` for whoever may do I/O.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+from app.inventory import Inventory
+from app.ledger import Hold, Ledger, Phase
+from app.translate import Malformed, Pod, Written
+from solver import Demand, Device
+
+FRESH_REFUSAL_SECONDS = 3.0  # a refusal this recent may have raced with the event that made room
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A pod that was refused everywhere we were asked, with the last reason."""
+
+    pod: Pod
+    reason: str
+    since: float
+    refused: float
+
+
+@dataclass(slots=True)
+class Chores:
+    """Work for somebody who may do I/O: nodes where room was made that no pod-delete event announces."""
+
+    room: set[str] = field(default_factory=set)
+
+
+class Truth:
+    """The pods that concern us, the nodes that exist, and the pods that wait."""
+
+    def __init__(
+        self, ledger: Ledger, inventory: Inventory, *, clock: Callable[[], float], most_waiting: int = 20_000
+    ) -> None:
+        self._ledger = ledger
+        self._inventory = inventory
+        self._clock = clock
+        self._most_waiting = most_waiting
+        self.pods: dict[str, Pod] = {}
+        self.nodes: set[str] = set()
+        self.waiting: dict[str, Waiting] = {}
+        self.unexplained: dict[str, str] = {}
+        """UIDs of pods whose placement annotation we cannot explain, with what is wrong with it."""
+        self.chores = Chores()
+
+    # -- pods -----------------------------------------------------------------------------------------
+
+    def pod_seen(self, pod: Pod) -> None:
+        """A pod was listed, added, changed or read."""
+        uid = pod.ref.uid
+        if not pod.concerns_us and uid not in self.pods:
+            return
+        self.pods[uid] = pod
+        if pod.node:
+            self.waiting.pop(uid, None)
+        if pod.finished:
+            self._release(uid)
+        elif pod.node:
+            self._bound(pod)
+        else:
+            self._unbound(pod)
+
+    def pod_gone(self, uid: str, last: Pod | None = None) -> None:
+        """A pod is no longer on the API server. `last` is its final state, where the event carries it."""
+        known = self.pods.pop(uid, None)
+        self.waiting.pop(uid, None)
+        self.unexplained.pop(uid, None)
+        hold = self._ledger.get(uid)
+        if hold is None:
+            return
+        last = last or known
+        if hold.phase in (Phase.PROPOSED, Phase.ASSUMED) and (last is None or not last.node):
+            self._ledger.forget(uid)  # never bound: no container has ever seen the devices
+            self.made_room(hold.node)
+        elif last is not None and last.finished:
+            self._release(uid)
+        else:
+            self._leave(hold, last, seen_terminating=known is not None and known.terminating)
+
+    def pods_listed(self, pods: Iterable[Pod], *, asked_at: float) -> None:
+        """A consistent list of all pods, requested at `asked_at`: who is missing from it is gone.
+
+        Pods that came into the ledger after the list was asked for are left to the events that follow it.
+        """
+        listed = set()
+        for pod in pods:
+            listed.add(pod.ref.uid)
+            self.pod_seen(pod)
+        for uid in [uid for uid in self.pods if uid not in listed]:
+            hold = self._ledger.get(uid)
+            if hold is None or hold.since < asked_at:
+                self.pod_gone(uid)
+        for hold in self._ledger:
+            if hold.pod.uid not in listed and hold.since < asked_at and hold.phase is not Phase.LEAVING:
+                self.pod_gone(hold.pod.uid)
+
+    def _bound(self, pod: Pod) -> None:
+        hold = self._ledger.get(pod.ref.uid)
+        written = pod.written if isinstance(pod.written, Written) else None
+        if hold is not None and hold.firm and hold.node == pod.node:
+            if hold.phase is Phase.ASSUMED:
+                self._ledger.confirm(pod.ref.uid, now=self._clock())
+            elif hold.phase is Phase.LEAVING:
+                self._ledger.restore(replace(hold, phase=Phase.HELD, since=self._clock()))
+            if pod.ref.uid not in self.unexplained and (written is None or written.devices != hold.devices):
+                self._doubt(pod, "its placement annotation is not what Tangram wrote")
+            return
+        demand = pod.ask if isinstance(pod.ask, Demand) else Demand()
+        explained = self._explained(pod)
+        if not demand and not explained:
+            return
+        self._ledger.restore(
+            Hold(pod.ref, pod.node, demand, explained or (), Phase.HELD, self._clock())
+        )
+        if not explained:
+            self.learn(pod.node)
+
+    def _unbound(self, pod: Pod) -> None:
+        """An unbound pod with our annotation: a bind was begun. Its devices stay taken until that is settled."""
+        hold = self._ledger.get(pod.ref.uid)
+        if pod.written is None or (hold is not None and hold.firm):
+            return
+        devices = self._explained(pod)
+        if devices and isinstance(pod.written, Written) and isinstance(pod.ask, Demand):
+            now = self._clock()
+            self._ledger.restore(Hold(pod.ref, pod.written.node, pod.ask, devices, Phase.ASSUMED, now))
+
+    def _explained(self, pod: Pod) -> tuple[Device, ...] | None:
+        """The devices of the pod's annotation if it is one that we could have written for this very pod."""
+        wrong = ""
+        if pod.written is None:
+            if pod.node and pod.ask:
+                wrong = "it was not placed by Tangram"
+        elif isinstance(pod.written, Malformed):
+            wrong = pod.written.reason
+        elif pod.written.uid != pod.ref.uid:
+            wrong = "its placement annotation was written for another pod"
+        elif pod.node and pod.written.node != pod.node:
+            wrong = f"its placement annotation names node {pod.written.node}"
+        elif not isinstance(pod.ask, Demand) or not _meets(pod.written.devices, pod.ask):
+            wrong = "its placement annotation does not give what the pod asks for"
+        if wrong:
+            self._doubt(pod, wrong)
+            return None
+        self.unexplained.pop(pod.ref.uid, None)
+        return pod.written.devices if isinstance(pod.written, Written) else None
+
+    def _doubt(self, pod: Pod, wrong: str) -> None:
+        self.unexplained[pod.ref.uid] = wrong
+
+    def remember(self, pod: Pod) -> None:
+        """Without Kubernetes: a pod that came by in a request is all that we know of it."""
+        if pod.ref.uid not in self.pods and len(self.pods) >= self._most_waiting:
+            free = next((uid for uid in self.pods if self._ledger.get(uid) is None), None)
+            self.pods.pop(free or "", None)
+        self.pods[pod.ref.uid] = pod
+
+    # -- room -----------------------------------------------------------------------------------------
+
+    def _release(self, uid: str) -> None:
+        hold = self._ledger.get(uid)
+        self.unexplained.pop(uid, None)
+        if hold is not None:
+            self._ledger.release(uid)
+            if hold.firm and self._just_refused():
+                self.made_room(hold.node)
+
+    def _leave(self, hold: Hold, last: Pod | None, *, seen_terminating: bool) -> None:
+        """The kubelet removes a pod only after its containers have ended; a forced deletion waits for nobody.
+
+        So a pod that we saw terminating is believed at the agent's next word, one that vanished all at once
+        only after the grace time that the kubelet still gives its containers.
+        """
+        now = self._clock()
+        grace = 0.0 if seen_terminating or last is None else last.grace_seconds
+        self._ledger.leave(hold.pod.uid, now=now, not_before=now + grace)
+
+    def settle(self) -> None:
+        """Release what has left and been seen idle since: called when agents report and now and then.
+
+        A node that neither the API server nor an agent knows any more has nothing left to wait for.
+        """
+        now = self._clock()
+        for hold in self._ledger.leaving():
+            if now < hold.not_before:
+                continue
+            entry = self._inventory.get(hold.node)
+            if entry is None:
+                gone = hold.node not in self.nodes
+            else:
+                still_there = any(hold.pod.uid in uids for uids in entry.users.values())
+                heard_since = entry.lasting or entry.heard > max(hold.since, hold.not_before)
+                gone = heard_since and not still_there
+            if gone:
+                self._ledger.release(hold.pod.uid)
+                self.made_room(hold.node)
+
+    def learn(self, name: str) -> None:
+        """Look in the node's report for the devices of pods that we did not place."""
+        entry = self._inventory.get(name)
+        if entry is None:
+            return
+        for hold in self._ledger.on(name):
+            if not hold.unknown:
+                continue
+            devices = tuple(sorted(device for device, uids in entry.users.items() if hold.pod.uid in uids))
+            if devices and _meets(devices, hold.demand):
+                self._ledger.explain(hold.pod.uid, devices)
+                self.made_room(name)
+
+    def made_room(self, node: str) -> None:
+        """Something became free on this node that no pod-delete event announces."""
+        if self.waiting:
+            self.chores.room.add(node)
+
+    def _just_refused(self) -> bool:
+        """Whether a pod was refused so recently that it may not have seen the room that is made now."""
+        latest = next(reversed(self.waiting.values()), None)
+        return latest is not None and latest.refused >= self._clock() - FRESH_REFUSAL_SECONDS
+
+    # -- those who wait -------------------------------------------------------------------------------
+
+    def refused(self, pod: Pod, reason: str) -> None:
+        """No node that we were asked about fits this pod."""
+        now = self._clock()
+        before = self.waiting.pop(pod.ref.uid, None)
+        while len(self.waiting) >= self._most_waiting:
+            self.waiting.pop(next(iter(self.waiting)))
+        self.waiting[pod.ref.uid] = Waiting(pod, reason, before.since if before else now, now)
+
+    def fits(self, uid: str) -> None:
+        """A node was found for this pod."""
+        self.waiting.pop(uid, None)
+
+    # -- nodes ----------------------------------------------------------------------------------------
+
+    def nodes_listed(self, names: Iterable[str]) -> set[str]:
+        """The nodes that exist; returns those that are gone since."""
+        now_there = set(names)
+        gone = self.nodes - now_there
+        self.nodes = now_there
+        return gone
+
+
+def _meets(devices: Iterable[Device], demand: Demand) -> bool:
+    """Whether the devices are exactly as many of each kind as the demand."""
+    gpus = 0
+    slices: dict[str, int] = {}
+    for device in devices:
+        if device.slice is None:
+            gpus += 1
+        else:
+            slices[device.slice.profile] = slices.get(device.slice.profile, 0) + 1
+    return Demand(gpus, tuple(sorted(slices.items()))) == demand

@@ -1,0 +1,85 @@
+"""List-and-watch loops that keep the truth true: list all, then follow events, and list again after any gap.
+
+The API server drops watchers that are too slow, and connections die; each time the answer is the same. A list
+is consistent and says who is missing, so nothing that happened in a gap is lost.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+
+from app.errors import Gone, KubeError
+from app.kube import Event, Kube, Listed
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE_SECONDS = 0.2
+LONGEST_PAUSE_SECONDS = 10.0
+YIELD_EVERY = 200  # objects applied before other tasks get a turn
+
+
+class Watch:
+    """One resource, kept in step. `listed(list, asked_at)` and `event(event)` are called in order."""
+
+    def __init__(
+        self,
+        kube: Kube,
+        resource: str,
+        *,
+        listed: Callable[[Listed, float], None],
+        event: Callable[[Event], None],
+        clock: Callable[[], float],
+        resync_seconds: float,
+    ) -> None:
+        self._kube = kube
+        self._resource = resource
+        self._listed = listed
+        self._event = event
+        self._clock = clock
+        self._resync_seconds = resync_seconds
+        self.lists = 0
+        """How many lists have been applied; the first makes us complete."""
+        self.in_step = asyncio.Event()
+        """Set while the last list succeeded and events are being followed."""
+
+    async def run(self) -> None:
+        """Follow for ever. Faults of the API server are logged and tried again; cancellation ends it."""
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                version = await self._list()
+                pause = FIRST_PAUSE_SECONDS
+                await self._follow(version)
+            except KubeError as error:
+                self.in_step.clear()
+                log.warning("watching %s: %s; listing again in %.1f s", self._resource, error, pause)
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - spreads retries, guards nothing
+                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    async def _list(self) -> str:
+        asked_at = self._clock()
+        result = await self._kube.list(self._resource)
+        self._listed(result, asked_at)
+        self.lists += 1
+        self.in_step.set()
+        return result.resource_version
+
+    async def _follow(self, version: str) -> None:
+        """Watch until the resync time is over; a watch that ends early goes on from the last version."""
+        until = self._clock() + self._resync_seconds
+        while (left := until - self._clock()) > 0:
+            applied = 0
+            try:
+                async for event in self._kube.watch(self._resource, resource_version=version, seconds=left):
+                    version = event.object["metadata"]["resourceVersion"]
+                    if event.type != "BOOKMARK":
+                        self._event(event)
+                    applied += 1
+                    if applied % YIELD_EVERY == 0:
+                        await asyncio.sleep(0)
+            except Gone:
+                log.info("watching %s: a gap, listing again", self._resource)
+                return
+            if not applied:
+                await asyncio.sleep(FIRST_PAUSE_SECONDS)
