@@ -2,16 +2,23 @@
 
 A geometry comes from NVML's report of the very board, never from a product or profile name: the same name
 means different shapes on different products. The table in `products` serves simulation only.
+
+    Geometry + slices held + idle instances ──cut()──▶ Cut ──starts(profile)──▶ legal starts ──add()──▶ Cut
+
+No prices here, and no GPU names.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Slice:
-    """A GPU instance, present or promised: a profile at a start (in memory-slice units of the board's grid)."""
+    """A GPU instance, present or promised: a profile at a start (in memory-slice units of the board)."""
 
     profile: str
     start: int
@@ -43,10 +50,241 @@ class Geometry:
     """How one board can be cut: a grid of `width` memory-slice units and the profiles that tile it.
 
     `engines` are the board's totals of what profiles take besides grid units (decoder, jpeg, ofa, ...):
-    with one OFA per GPU, "one +me per GPU" needs no rule of its own.
+    with one OFA per GPU, "one +me per GPU" needs no rule of its own. An engine without a total is not
+    limited. The hash is kept, since geometries are long and are looked up at every turn.
     """
 
     width: int
     compute_slices: int
     profiles: tuple[Profile, ...]
     engines: tuple[tuple[str, int], ...] = ()
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        fields = (self.width, self.compute_slices, self.profiles, self.engines)
+        object.__setattr__(self, "_hash", hash(fields))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[type[Geometry], tuple[object, ...]]:
+        """Pickle by value: hashes of strings differ between processes."""
+        return Geometry, (self.width, self.compute_slices, self.profiles, self.engines)
+
+
+class Block(NamedTuple):
+    """What a slice takes from a board: units from `start`, and its share of each capacity that can run out.
+
+    Not the profile: 1g.20gb and 2g.20gb at the same start leave the same room, so they are one block.
+    """
+
+    start: int
+    size: int
+    uses: tuple[int, ...]
+
+    @property
+    def mask(self) -> int:
+        """The units as a bit set."""
+        return ((1 << self.size) - 1) << self.start
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grid:
+    """A geometry made ready for counting.
+
+    `capacities` names what can run out besides units (compute slices, engines): one that no set of
+    non-overlapping instances can exceed is left out, so that it does not tell equal blocks apart. `totals`
+    are theirs, `blocks` has every legal slice, `by_profile` the same by profile in order of start.
+    """
+
+    capacities: tuple[str, ...]
+    totals: tuple[int, ...]
+    blocks: Mapping[Slice, Block]
+    by_profile: Mapping[str, tuple[tuple[int, Block, int], ...]]  # (start, block, mask)
+
+
+@lru_cache(maxsize=1024)
+def grid(geometry: Geometry) -> Grid:
+    """The geometry made ready; the work is done once for each different geometry."""
+    limits = {"compute": geometry.compute_slices, **dict(geometry.engines)}
+    scarce = {name: total for name, total in limits.items() if _most_used(geometry, name) > total}
+    blocks: dict[Slice, Block] = {}
+    by_profile: dict[str, tuple[tuple[int, Block, int], ...]] = {}
+    for profile in geometry.profiles:
+        uses = tuple(_use(profile, name) for name in scarce)
+        rows = []
+        for start in sorted(set(profile.starts)):
+            if start < 0 or profile.size < 1 or start + profile.size > geometry.width:
+                continue
+            block = Block(start, profile.size, uses)
+            blocks[Slice(profile.name, start)] = block
+            rows.append((start, block, block.mask))
+        by_profile[profile.name] = tuple(rows)
+    return Grid(tuple(scarce), tuple(scarce.values()), blocks, by_profile)
+
+
+def _use(profile: Profile, capacity: str) -> int:
+    if capacity == "compute":
+        return profile.compute_slices
+    return dict(profile.engines).get(capacity, 0)
+
+
+def _most_used(geometry: Geometry, capacity: str) -> int:
+    """The most of a capacity that non-overlapping instances could ask for, by a walk along the units."""
+    most = [0] * (geometry.width + 1)
+    for end in range(1, geometry.width + 1):
+        most[end] = most[end - 1]
+        for profile in geometry.profiles:
+            if profile.size >= 1 and end - profile.size in profile.starts:
+                most[end] = max(most[end], most[end - profile.size] + _use(profile, capacity))
+    return most[geometry.width]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The state of one GPU in MIG mode: blocks that are held, and idle instances that exist on the board.
+
+    Two GPUs with equal cuts can do exactly the same things. Build it with `cut()`; `held` and `idle` are
+    sorted. An idle instance may be handed out again as it is; for every other profile its units are blocked,
+    since it is there. `busy` (bit set of units) and `left` (capacities) count both.
+    """
+
+    geometry: Geometry
+    held: tuple[Block, ...]
+    idle: tuple[Slice, ...]
+    busy: int = field(compare=False, repr=False)
+    left: tuple[int, ...] = field(compare=False, repr=False)
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.geometry, self.held, self.idle)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[type[Cut], tuple[object, ...]]:
+        return Cut, (self.geometry, self.held, self.idle, self.busy, self.left)
+
+    def starts(self, profile: str) -> tuple[int, ...]:
+        """Where a new instance of the profile may be made now."""
+        rows = grid(self.geometry).by_profile.get(profile, ())
+        return tuple(
+            start
+            for start, block, mask in rows
+            if not mask & self.busy
+            and all(use <= left for use, left in zip(block.uses, self.left, strict=True))
+        )
+
+    def idle_starts(self, profile: str) -> tuple[int, ...]:
+        """Where an idle instance of the profile stands, ready to be handed out."""
+        return tuple(idle.start for idle in self.idle if idle.profile == profile)
+
+    def without_idle(self) -> Cut:
+        """The state if every idle instance were destroyed."""
+        return _without_idle(self) if self.idle else self
+
+    def add(self, taken: Slice) -> Cut:
+        """The state after the slice is held: made new at a legal start, or an idle instance handed out."""
+        return _add(self, taken)
+
+
+@lru_cache(maxsize=65536)
+def _add(before: Cut, taken: Slice) -> Cut:
+    block = grid(before.geometry).blocks[taken]
+    held = tuple(sorted((*before.held, block)))
+    if taken in before.idle:
+        idle = tuple(slice_ for slice_ in before.idle if slice_ != taken)
+        return Cut(before.geometry, held, idle, before.busy, before.left)
+    left = tuple(left - use for left, use in zip(before.left, block.uses, strict=True))
+    return Cut(before.geometry, held, before.idle, before.busy | block.mask, left)
+
+
+@lru_cache(maxsize=65536)
+def _without_idle(state: Cut) -> Cut:
+    totals = grid(state.geometry).totals
+    busy = 0
+    for block in state.held:
+        busy |= block.mask
+    left = tuple(total - sum(block.uses[i] for block in state.held) for i, total in enumerate(totals))
+    return Cut(state.geometry, state.held, (), busy, left)
+
+
+@lru_cache(maxsize=65536)
+def cut(
+    geometry: Geometry, held: frozenset[Slice] = frozenset(), idle: frozenset[Slice] = frozenset()
+) -> Cut | str:
+    """The state of a GPU with these slices held and these instances idle; words if they cannot all be there.
+
+    Then the board and our books disagree, and nothing should be placed until they agree again.
+    """
+    wrong = faults(geometry, held | idle)
+    if wrong:
+        return wrong[0]
+    ready = grid(geometry)
+    there = [ready.blocks[slice_] for slice_ in (*held, *idle)]
+    busy = 0
+    for block in there:
+        busy |= block.mask
+    left = tuple(total - sum(block.uses[i] for block in there) for i, total in enumerate(ready.totals))
+    held_blocks = tuple(sorted(ready.blocks[slice_] for slice_ in held))
+    return Cut(geometry, held_blocks, tuple(sorted(idle)), busy, left)
+
+
+def empty(geometry: Geometry) -> Cut:
+    """The state of a GPU in MIG mode with nothing on it."""
+    fresh = cut(geometry)
+    assert isinstance(fresh, Cut)
+    return fresh
+
+
+def faults(geometry: Geometry, slices: Iterable[Slice]) -> list[str]:
+    """Why these slices cannot stand on one board together, in words; empty if they can.
+
+    Plain arithmetic on the geometry as reported (all capacities, no blocks), so that `verify` can use it.
+    """
+    slices = sorted(slices)
+    profiles = {profile.name: profile for profile in geometry.profiles}
+    wrong = []
+    owner: dict[int, Slice] = {}
+    used: dict[str, int] = {}
+    for slice_ in slices:
+        profile = profiles.get(slice_.profile)
+        if profile is None:
+            wrong.append(f"{slice_}: this board has no profile {slice_.profile}")
+            continue
+        if slice_.start not in profile.starts or slice_.start + profile.size > geometry.width:
+            wrong.append(f"{slice_}: {slice_.start} is not a legal start")
+            continue
+        for unit in range(slice_.start, slice_.start + profile.size):
+            if unit in owner:
+                wrong.append(f"{slice_} overlaps {owner[unit]} at unit {unit}")
+                break
+            owner[unit] = slice_
+        for name, use in (("compute", profile.compute_slices), *profile.engines):
+            used[name] = used.get(name, 0) + use
+    limits = {"compute": geometry.compute_slices, **dict(geometry.engines)}
+    for name, use in used.items():
+        if name in limits and use > limits[name]:
+            wrong.append(f"{use} {name} used, the board has {limits[name]}")
+    return wrong
+
+
+def placed_states(geometry: Geometry, profiles: Iterable[str] | None = None) -> Iterator[frozenset[Slice]]:
+    """Every legal set of slices of these profiles (all by default), the empty one included."""
+    names = {profile.name for profile in geometry.profiles} if profiles is None else set(profiles)
+    choices = [slice_ for slice_ in sorted(grid(geometry).blocks) if slice_.profile in names]
+
+    def grow(state: Cut, placed: frozenset[Slice], first: int) -> Iterator[frozenset[Slice]]:
+        yield placed
+        for i in range(first, len(choices)):
+            if choices[i].start in state.starts(choices[i].profile):
+                yield from grow(state.add(choices[i]), placed | {choices[i]}, i + 1)
+
+    yield from grow(empty(geometry), frozenset(), 0)
+
+
+def is_maximal(geometry: Geometry, placed: frozenset[Slice], profiles: Iterable[str] | None = None) -> bool:
+    """Whether no further instance of any of these profiles fits beside the placed ones."""
+    names = [profile.name for profile in geometry.profiles] if profiles is None else list(profiles)
+    state = cut(geometry, placed)
+    return isinstance(state, Cut) and not any(state.starts(name) for name in names)
