@@ -45,6 +45,7 @@ REQUEST_SECONDS = 30.0
 CONNECTIONS = 16  # requests in flight while many objects are created
 
 SERVICE_RANGE = "10.0.0.0/24"
+NOT_READY = "node.kubernetes.io/not-ready"
 SCHEDULER = "kube-scheduler"
 SCHEDULER_USER = "system:kube-scheduler"
 CONTROLLER_MANAGER_USER = "system:kube-controller-manager"
@@ -503,6 +504,22 @@ class ExistingCluster(Cluster):
         self._http = httpx.Client(base_url=self.api_url, timeout=REQUEST_SECONDS, trust_env=False)
         self._start_kwok()
         self._wait_for_default_service_account("default")
+
+    def add_nodes(self, nodes: Iterable[KubernetesObject]) -> None:
+        """Create nodes and wait until the cluster has taken away the taint that it gives to every new one."""
+        added = list(nodes)
+        super().add_nodes(added)
+        names = {node["metadata"]["name"] for node in added}
+
+        def usable() -> bool:
+            tainted = {
+                node["metadata"]["name"]
+                for node in self.get("/api/v1/nodes")["items"]
+                if any(taint["key"] == NOT_READY for taint in node["spec"].get("taints", []))
+            }
+            return not names & tainted
+
+        self.wait_for(usable, f"{len(names)} nodes to be ready")
 
     def _own_environment(self) -> dict[str, str]:
         """A login helper named in the kubeconfig may need anything of ours, a proxy included."""

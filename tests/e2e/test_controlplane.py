@@ -16,11 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from tests.e2e.cluster import Cluster, ControlPlane, open_cluster
+from tests.e2e.cluster import Cluster, ControlPlane, ExistingCluster, open_cluster
 from tests.e2e.fake_extender import Asked, FakeExtender
 from tests.e2e.nodes import gpu_node, gpu_pod
+from tests.e2e.toolchain import KUBERNETES_VERSION
 
 pytestmark = pytest.mark.e2e
 
@@ -69,7 +71,8 @@ def extender(empty: Cluster) -> Iterator[FakeExtender]:
 
 
 def test_api_server_is_the_kubernetes_release_we_say(cluster: Cluster) -> None:
-    assert cluster.get("/version")["gitVersion"] == "v1.37.1"
+    if isinstance(cluster, ControlPlane):
+        assert cluster.get("/version")["gitVersion"] == KUBERNETES_VERSION
     assert "readyz check passed" in cluster.kubectl("get", "--raw", "/readyz?verbose")
 
 
@@ -265,6 +268,63 @@ def test_failed_bind_is_tried_again(empty: Cluster, extender: FakeExtender) -> N
     empty.wait_scheduled("worker")
 
     assert extender.verbs_asked_about("worker") == ["filter", "prioritize", "bind"] * 2
+
+
+def test_cluster_that_is_there_can_be_used_through_its_kubeconfig(empty: Cluster) -> None:
+    """What TANGRAM_CLUSTER=kubeconfig does, here on our own control plane as if it were somebody's."""
+    with ExistingCluster(empty.kubeconfig) as there:
+        there.start_scheduler()
+        there.add_nodes([gpu_node("node-d", allocatable={GPU: 8})])
+        there.add_pods([gpu_pod("worker", {GPU: 1}, node_selector={"kubernetes.io/hostname": "node-d"})])
+
+        there.wait_scheduled("worker")
+        kubeconfig = there.kubeconfig_for_service_account("default")
+        assert "default:default" in there.kubectl(f"--kubeconfig={kubeconfig}", "auth", "whoami")
+        there.request("DELETE", "/api/v1/nodes/node-d")
+
+
+def test_policy_on_an_annotation_is_enforced(empty: Cluster) -> None:
+    """ValidatingAdmissionPolicy needs no switch in this release."""
+    group = "/apis/admissionregistration.k8s.io/v1"
+    rule = {"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}
+    policy = {
+        "metadata": {"name": "no-forbidden"},
+        "spec": {
+            "matchConstraints": {"resourceRules": [rule]},
+            "validations": [{"expression": "!('forbidden' in object.metadata.?annotations.orValue({}))"}],
+        },
+    }
+    binding = {
+        "metadata": {"name": "no-forbidden"},
+        "spec": {"policyName": "no-forbidden", "validationActions": ["Deny"]},
+    }
+    empty.request("POST", f"{group}/validatingadmissionpolicies", policy)
+    empty.request("POST", f"{group}/validatingadmissionpolicybindings", binding)
+    pod = gpu_pod("refused", annotations={"forbidden": "yes"})
+
+    def is_refused() -> bool:
+        try:
+            empty.request("POST", "/api/v1/namespaces/default/pods", pod, params={"dryRun": "All"})
+        except httpx.HTTPStatusError as error:
+            return "no-forbidden" in str(error)
+        return False
+
+    empty.wait_for(is_refused, "the policy to take effect", 30)
+    empty.add_pods([gpu_pod("allowed")])
+
+
+def test_restarted_api_server_keeps_what_it_had(empty: Cluster) -> None:
+    """Killing it drops every watch: the way to test that ours are healed."""
+    if not isinstance(empty, ControlPlane):
+        pytest.skip("somebody else's API server is not killed")
+    empty.add_pods([gpu_pod("worker", {GPU: 1})])
+    uid = empty.pod("worker")["metadata"]["uid"]
+
+    empty.restart("kube-apiserver")
+
+    assert empty.pod("worker")["metadata"]["uid"] == uid
+    empty.start_scheduler()
+    empty.wait_scheduled("worker")
 
 
 def test_everything_ends_when_its_starter_is_killed() -> None:
