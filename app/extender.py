@@ -151,9 +151,7 @@ class Extender:
             return dict(args.victims)
         demand = pod.ask
         return {
-            node: victims
-            for node, victims in args.victims.items()
-            if self._offers.without(demand, node, victims.uids)
+            node: victims for node, victims in args.victims.items() if self._offers.without(demand, node, victims.uids)
         }
 
     def _pod(self, json: Json) -> Pod | NotNow:
@@ -227,17 +225,30 @@ class Extender:
 
     def _assume(self, pod: Pod, demand: Demand, node: str) -> Placement | Refusal:
         """Decide again on the node that we were given, and take the devices."""
-        hold = self._ledger.get(pod.ref.uid)
-        if hold is not None and hold.phase is Phase.ASSUMED and hold.node == node:
-            return Placement(node, hold.devices, hold.prices)
         now = self._clock()
         self._offers.refresh(now=now)
+        hold = self._ledger.get(pod.ref.uid)
+        if hold is not None and hold.phase is Phase.ASSUMED and hold.node == node:
+            return self._again(hold)
         best = self._offers.best(demand, node, uid=pod.ref.uid)
         if isinstance(best, Refusal):
             return best
         seen, _ = self._offers.view(node)
         refusal = self._ledger.assume(pod.ref, demand, best, now=now, legal=legal(seen))
         return best if refusal is None else refusal
+
+    def _again(self, hold: Hold) -> Placement | Refusal:
+        """What a pod was promised before (by us, or by us before a restart) if it is still in order."""
+        fault = self._offers.fault(hold.node)
+        if fault:
+            return Refusal(fault, resolvable=False)
+        seen, _ = self._offers.view(hold.node)
+        others = self._ledger.taken(hold.node, but=[hold.pod.uid])
+        refusal = legal(seen)(others, hold.devices)
+        if refusal is not None:
+            self.settle(hold.pod)
+            return refusal
+        return Placement(hold.node, hold.devices, hold.prices)
 
     async def _write_and_bind(self, kube: Kube, pod: PodRef, placement: Placement, latest: float) -> str:
         text = write_placement(pod.uid, placement.node, placement.devices)
@@ -285,7 +296,11 @@ class Extender:
         self.check(node, f"its last bind was refused: {error}")
         try:
             await kube.annotate_pod(
-                pod.namespace, pod.name, {PLACEMENT_ANNOTATION: None}, uid=pod.uid, timeout=FIRST_RETRY_SECONDS * 10
+                pod.namespace,
+                pod.name,
+                {PLACEMENT_ANNOTATION: None},
+                uid=pod.uid,
+                timeout=FIRST_RETRY_SECONDS * 10,
             )
         except NotFound:
             pass
@@ -302,7 +317,12 @@ class Extender:
         pod = args.pod
         try:
             await self._kube.bind(
-                pod.namespace, pod.name, args.node, uid=pod.uid, resource_version="", timeout=self._left(latest)
+                pod.namespace,
+                pod.name,
+                args.node,
+                uid=pod.uid,
+                resource_version="",
+                timeout=self._left(latest),
             )
         except KubeError as error:
             return f"{pod} could not be bound: {error}"
@@ -321,7 +341,11 @@ class Extender:
             task.add_done_callback(lambda _: self._settling.pop(pod.uid, None))
 
     def settle_orphans(self) -> None:
-        """Settle what was assumed long ago and is being bound by nobody (the service was restarted, say)."""
+        """Settle what was assumed long ago and is being bound by nobody, and placements that we did not write."""
+        for uid, pod in list(self._truth.chores.settle.items()):
+            del self._truth.chores.settle[uid]
+            if uid not in self._binds:
+                self.settle(pod)
         before = self._clock() - self._settings.orphan_seconds
         for hold in self._ledger.assumed():
             if hold.since < before and hold.pod.uid not in self._binds:

@@ -84,15 +84,12 @@ class Inventory:
             return f"its agent cannot read NVML: {entry.report.error}"
         return ""
 
-    def profiles(self) -> frozenset[str]:
-        """Every MIG profile that some board reports, as pods can ask for it."""
-        return frozenset(
-            profile.name
-            for entry in self._entries.values()
-            for gpu in entry.node.gpus
-            if gpu.geometry is not None
-            for profile in gpu.geometry.profiles
-        )
+
+def profiles_in(report: NodeReport) -> frozenset[str]:
+    """Every MIG profile that some board of the node could be cut into now."""
+    return frozenset(
+        profile.name for gpu in report.gpus if gpu.mig is not None and gpu.mig.enabled for profile in gpu.mig.profiles
+    )
 
 
 def node_of(report: NodeReport) -> Node:

@@ -134,9 +134,7 @@ class Ledger:
             return
         self._put(Hold(pod, placement.node, demand, placement.devices, Phase.PROPOSED, now, placement.prices))
 
-    def assume(
-        self, pod: PodRef, demand: Demand, placement: Placement, *, now: float, legal: Legal
-    ) -> Refusal | None:
+    def assume(self, pod: PodRef, demand: Demand, placement: Placement, *, now: float, legal: Legal) -> Refusal | None:
         """Take the devices for a bind, or say why not.
 
         `legal(taken, devices)` checks the devices against what others firmly hold on that node: the same

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from app.inventory import Entry, Inventory
 from app.ledger import Hold, Ledger
-from solver import Demand, Device, Node, Placement, Policy, Ranking, Refusal
+from solver import Demand, Device, Node, Placement, Policy, Ranking, Refusal, price, quote
 from solver.geometry import faults
 
 View = tuple[Node, tuple[Device, ...]]
@@ -31,6 +31,7 @@ class Offers:
     def __init__(self, inventory: Inventory, ledger: Ledger, *, policy: Policy) -> None:
         self._inventory = inventory
         self._ledger = ledger
+        self._policy = policy
         self._ranking = Ranking(policy)
         self._barred: dict[str, str] = {}
         self._faults: dict[str, str] = {}
@@ -105,7 +106,7 @@ class Offers:
         fault = self.fault(name)
         if fault:
             return Refusal(fault, resolvable=False)
-        return self._ranking.refusal(demand, name)
+        return self._ranking.refusal(demand, name) or Refusal(f"fits {demand} after all; ask again")
 
     def ranked(self, demand: Demand, names: Iterable[str], *, uid: str) -> list[Offer]:
         """Fitting nodes, cheapest first, then by name; those that only fit on softly promised devices come last."""
@@ -135,22 +136,22 @@ class Offers:
                 return Placement(name, own.devices, own.prices)
         promised = self._unspoilt(node, taken, self._ledger.proposed(name, but=uid))
         if promised:
-            softly = self._ranking.quote(node, (*taken, *promised), demand)
+            softly = quote(node, (*taken, *promised), demand, self._policy)
             if softly is not None:
                 return softly
-        return self._ranking.best(demand, name) or self._ranking.refusal(demand, name)
+        return self._ranking.best(demand, name) or self.refusal(demand, name)
 
     def without(self, demand: Demand, name: str, victims: Sequence[str]) -> bool:
         """Whether the demand would have a legal step here if these pods were gone."""
         if self.fault(name):
             return False
         node, taken = self.view(name, but=victims)
-        return self._ranking.quote(node, taken, demand) is not None
+        return quote(node, taken, demand, self._policy) is not None
 
     def _soft_price(self, demand: Demand, name: str, *, uid: str) -> int | None:
         node, taken = self.view(name)
         promised = self._unspoilt(node, taken, self._ledger.proposed(name, but=uid))
-        return self._ranking.price(node, (*taken, *promised), demand)
+        return price(node, (*taken, *promised), demand, self._policy)
 
     @staticmethod
     def _unspoilt(node: Node, taken: tuple[Device, ...], promised: tuple[Device, ...]) -> tuple[Device, ...]:
@@ -182,15 +183,11 @@ class Offers:
                 kept_back.update(dict.fromkeys(gpus, f"may be in use by {hold.pod}, which Tangram did not place"))
         if not kept_back:
             return entry.node, tuple(taken)
-        gpus_now = tuple(
-            replace(gpu, withheld=gpu.withheld or kept_back.get(gpu.uuid, "")) for gpu in entry.node.gpus
-        )
+        gpus_now = tuple(replace(gpu, withheld=gpu.withheld or kept_back.get(gpu.uuid, "")) for gpu in entry.node.gpus)
         return replace(entry.node, gpus=gpus_now), tuple(taken)
 
 
-def _strangers(
-    entry: Entry, holds: Sequence[Hold], but: Sequence[str]
-) -> tuple[dict[str, str], list[Device]]:
+def _strangers(entry: Entry, holds: Sequence[Hold], but: Sequence[str]) -> tuple[dict[str, str], list[Device]]:
     """GPUs to keep back and slices to count as taken, because a pod that does not hold them was seen on them."""
     kept_back: dict[str, str] = {}
     seen: list[Device] = []

@@ -30,13 +30,9 @@ class Settings(BaseSettings):
     client_ca: Path | None = Field(
         default=None, description="CA that has signed the client certificates kube-scheduler may show (PEM)"
     )
-    plain: bool = Field(
-        default=False, description="serve the extender verbs without TLS; only on a loopback address"
-    )
+    plain: bool = Field(default=False, description="serve the extender verbs without TLS; only on a loopback address")
 
-    kubeconfig: Path | None = Field(
-        default=None, description="kubeconfig file; absent: the pod's own service account"
-    )
+    kubeconfig: Path | None = Field(default=None, description="kubeconfig file; absent: the pod's own service account")
     namespace: str = Field(default="tangram-system", description="where the Lease lives")
     lease_name: str = Field(default="tangram", description="name of the Lease: one holder serves")
     identity: str = Field(
@@ -44,20 +40,28 @@ class Settings(BaseSettings):
         description="who we are in the Lease; a restarted container of the same pod keeps it, and so need not wait",
     )
     lease_seconds: float = Field(
-        default=15.0, gt=0, description="how long a silent holder keeps the Lease; kube's own components use 15"
+        default=15.0,
+        gt=0,
+        description="how long a silent holder keeps the Lease; kube's own components use 15",
     )
 
     proposal_seconds: float = Field(
-        default=10.0, gt=0, description="a proposal ends after this; kube-scheduler binds within a second or so"
+        default=10.0,
+        gt=0,
+        description="a proposal ends after this; kube-scheduler binds within a second or so",
     )
     stale_seconds: float = Field(
-        default=30.0, gt=0, description="an agent silent for this long makes its node stale: six missed reports"
+        default=30.0,
+        gt=0,
+        description="an agent silent for this long makes its node stale: six missed reports",
     )
     cycle_deadline_seconds: float = Field(
         default=1.0, gt=0, description="filter and prioritize answer within this, or say that they could not"
     )
     bind_deadline_seconds: float = Field(
-        default=12.0, gt=0, description="no Binding is sent later than this; below kube-scheduler's httpTimeout of 15"
+        default=12.0,
+        gt=0,
+        description="no Binding is sent later than this; below kube-scheduler's httpTimeout of 15",
     )
     orphan_seconds: float = Field(
         default=20.0,
@@ -68,11 +72,15 @@ class Settings(BaseSettings):
         default=1.0, gt=0, description="at most one node is touched in this time to wake refused pods"
     )
     resync_seconds: float = Field(
-        default=300.0, gt=0, description="a watch is ended and lists again after this, should an event be lost"
+        default=300.0,
+        gt=0,
+        description="a watch is ended and lists again after this, should an event be lost",
     )
     report_limit_bytes: int = Field(default=1 << 20, gt=0, description="largest agent report that is read")
     request_limit_bytes: int = Field(
-        default=64 << 20, gt=0, description="largest extender request that is read: 5,000 full nodes are 43 MB"
+        default=64 << 20,
+        gt=0,
+        description="largest extender request that is read: 5,000 full nodes are 43 MB",
     )
     log_level: str = Field(default="info", description="debug, info, warning or error")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from app.inventory import Inventory
 from app.ledger import Hold, Ledger, Phase
-from app.translate import Malformed, Pod, Written
+from app.translate import Malformed, Pod, PodRef, Written
 from solver import Demand, Device
 
 FRESH_REFUSAL_SECONDS = 3.0  # a refusal this recent may have raced with the event that made room
@@ -27,9 +27,14 @@ class Waiting:
 
 @dataclass(slots=True)
 class Chores:
-    """Work for somebody who may do I/O: nodes where room was made that no pod-delete event announces."""
+    """Work for somebody who may do I/O.
+
+    `room`: nodes where room was made that no pod-delete event announces. `settle`: unbound pods that carry a
+    placement which we did not write.
+    """
 
     room: set[str] = field(default_factory=set)
+    settle: dict[str, PodRef] = field(default_factory=dict)
 
 
 class Truth:
@@ -47,6 +52,8 @@ class Truth:
         self.waiting: dict[str, Waiting] = {}
         self.unexplained: dict[str, str] = {}
         """UIDs of pods whose placement annotation we cannot explain, with what is wrong with it."""
+        self.rebuilt = False
+        """Whether one list of all pods has been applied: from then on we know every placement that we wrote."""
         self.chores = Chores()
 
     # -- pods -----------------------------------------------------------------------------------------
@@ -99,11 +106,13 @@ class Truth:
         for hold in self._ledger:
             if hold.pod.uid not in listed and hold.since < asked_at and hold.phase is not Phase.LEAVING:
                 self.pod_gone(hold.pod.uid)
+        self.rebuilt = True
 
     def _bound(self, pod: Pod) -> None:
         hold = self._ledger.get(pod.ref.uid)
         written = pod.written if isinstance(pod.written, Written) else None
-        if hold is not None and hold.firm and hold.node == pod.node:
+        ours = self.rebuilt or written is None or (hold is not None and written.devices == hold.devices)
+        if hold is not None and hold.firm and hold.node == pod.node and ours:
             if hold.phase is Phase.ASSUMED:
                 self._ledger.confirm(pod.ref.uid, now=self._clock())
             elif hold.phase is Phase.LEAVING:
@@ -115,21 +124,25 @@ class Truth:
         explained = self._explained(pod)
         if not demand and not explained:
             return
-        self._ledger.restore(
-            Hold(pod.ref, pod.node, demand, explained or (), Phase.HELD, self._clock())
-        )
+        self._ledger.restore(Hold(pod.ref, pod.node, demand, explained or (), Phase.HELD, self._clock()))
         if not explained:
             self.learn(pod.node)
 
     def _unbound(self, pod: Pod) -> None:
-        """An unbound pod with our annotation: a bind was begun. Its devices stay taken until that is settled."""
+        """An unbound pod with our annotation: a bind was begun. Its devices stay taken until that is settled.
+
+        Once we are rebuilt, every annotation of ours has a hold: one without was written by somebody else, or
+        by a former holder of the Lease. It is removed, which also makes a late Binding of theirs fail.
+        """
         hold = self._ledger.get(pod.ref.uid)
-        if pod.written is None or (hold is not None and hold.firm):
+        if pod.written is None or (hold is not None and hold.firm and self.rebuilt):
             return
         devices = self._explained(pod)
         if devices and isinstance(pod.written, Written) and isinstance(pod.ask, Demand):
             now = self._clock()
             self._ledger.restore(Hold(pod.ref, pod.written.node, pod.ask, devices, Phase.ASSUMED, now))
+        if self.rebuilt or not devices:
+            self.chores.settle[pod.ref.uid] = pod.ref
 
     def _explained(self, pod: Pod) -> tuple[Device, ...] | None:
         """The devices of the pod's annotation if it is one that we could have written for this very pod."""
@@ -145,6 +158,8 @@ class Truth:
             wrong = f"its placement annotation names node {pod.written.node}"
         elif not isinstance(pod.ask, Demand) or not _meets(pod.written.devices, pod.ask):
             wrong = "its placement annotation does not give what the pod asks for"
+        elif self.rebuilt:
+            wrong = "its placement annotation was not written by this Tangram"
         if wrong:
             self._doubt(pod, wrong)
             return None

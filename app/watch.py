@@ -33,15 +33,15 @@ class Watch:
         resync_seconds: float,
     ) -> None:
         self._kube = kube
-        self._resource = resource
+        self.resource = resource
         self._listed = listed
         self._event = event
         self._clock = clock
         self._resync_seconds = resync_seconds
         self.lists = 0
         """How many lists have been applied; the first makes us complete."""
-        self.in_step = asyncio.Event()
-        """Set while the last list succeeded and events are being followed."""
+        self.interrupted = False
+        """Whether the API server cannot be listed or followed right now."""
 
     async def run(self) -> None:
         """Follow for ever. Faults of the API server are logged and tried again; cancellation ends it."""
@@ -52,17 +52,17 @@ class Watch:
                 pause = FIRST_PAUSE_SECONDS
                 await self._follow(version)
             except KubeError as error:
-                self.in_step.clear()
-                log.warning("watching %s: %s; listing again in %.1f s", self._resource, error, pause)
+                self.interrupted = True
+                log.warning("watching %s: %s; listing again in %.1f s", self.resource, error, pause)
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - spreads retries, guards nothing
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     async def _list(self) -> str:
         asked_at = self._clock()
-        result = await self._kube.list(self._resource)
+        result = await self._kube.list(self.resource)
         self._listed(result, asked_at)
         self.lists += 1
-        self.in_step.set()
+        self.interrupted = False
         return result.resource_version
 
     async def _follow(self, version: str) -> None:
@@ -71,7 +71,7 @@ class Watch:
         while (left := until - self._clock()) > 0:
             applied = 0
             try:
-                async for event in self._kube.watch(self._resource, resource_version=version, seconds=left):
+                async for event in self._kube.watch(self.resource, resource_version=version, seconds=left):
                     version = event.object["metadata"]["resourceVersion"]
                     if event.type != "BOOKMARK":
                         self._event(event)
@@ -79,7 +79,7 @@ class Watch:
                     if applied % YIELD_EVERY == 0:
                         await asyncio.sleep(0)
             except Gone:
-                log.info("watching %s: a gap, listing again", self._resource)
+                log.info("watching %s: a gap, listing again", self.resource)
                 return
             if not applied:
                 await asyncio.sleep(FIRST_PAUSE_SECONDS)

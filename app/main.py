@@ -1,0 +1,74 @@
+"""create_app(): builds every object of the service, opens and closes it. Nothing is built elsewhere, or at import."""
+
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import orjson
+from fastapi import FastAPI
+from pydantic import TypeAdapter, ValidationError
+
+from app.errors import BadInput
+from app.kube import Kube
+from app.report import NodeReport
+from app.routes import extender_routes, public_routes
+from app.service import Service
+from app.settings import Settings
+
+
+def create_app(settings: Settings, *, kube: Kube | None = None, clock: Callable[[], float] = time.monotonic) -> FastAPI:
+    """The service as one app with every route: for tests and for standalone use."""
+    service = build(settings, kube=kube, clock=clock)
+    app = public_app(service)
+    app.include_router(extender_routes(service))
+    return app
+
+
+def build(settings: Settings, *, kube: Kube | None, clock: Callable[[], float] = time.monotonic) -> Service:
+    """The service, with the inventory file read. Raises BadInput."""
+    service = Service(settings, kube=kube, clock=clock)
+    if settings.nodes is not None:
+        for report in read_inventory(settings.nodes):
+            service.report(report, lasting=True)
+    return service
+
+
+def public_app(service: Service) -> FastAPI:
+    """Health, agents, read API and page. Its lifespan is the service's."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Service]]:
+        await service.start()
+        yield {"service": service}
+        await service.stop()
+
+    app = FastAPI(title="Tangram", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.include_router(public_routes(service))
+    return app
+
+
+def extender_app(service: Service) -> FastAPI:
+    """The four verbs alone, for the listener that demands a client certificate."""
+    app = FastAPI(title="Tangram extender", openapi_url=None, docs_url=None, redoc_url=None)
+    app.include_router(extender_routes(service))
+    return app
+
+
+def read_inventory(path: Path) -> Iterable[NodeReport]:
+    """Read an inventory file: a JSON list of node reports, as `tangram nodes` writes it. Raises BadInput."""
+    try:
+        reports = TypeAdapter(list[NodeReport]).validate_python(orjson.loads(path.read_bytes()))
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}") from error
+    except orjson.JSONDecodeError as error:
+        raise BadInput(f"{path} is not JSON: {error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the list"
+        raise BadInput(f"{path}: {where}: {first['msg']}") from error
+    names = [report.node for report in reports]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise BadInput(f"{path} names {sorted(twice)[0]} more than once")
+    return reports

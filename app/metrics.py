@@ -1,0 +1,54 @@
+"""Counters and histograms, applied from outside: what is measured never knows of it."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 12.0)
+
+Gauges = Callable[[], Iterable[tuple[str, str, dict[str, float]]]]
+
+
+class Metrics:
+    """One registry for one app. `gauges()` is asked at each scrape for (name, help, {state: value})."""
+
+    def __init__(self, gauges: Gauges) -> None:
+        self.registry = CollectorRegistry()
+        self.seconds = Histogram(
+            "tangram_request_seconds",
+            "Time to answer kube-scheduler",
+            ["verb"],
+            buckets=BUCKETS,
+            registry=self.registry,
+        )
+        self.answers = Counter(
+            "tangram_answers", "Answers to kube-scheduler by kind", ["verb", "kind"], registry=self.registry
+        )
+        self.reports = Counter("tangram_reports", "Agents' reports", ["kind"], registry=self.registry)
+        self.wakes = Counter("tangram_wakes", "Nodes touched to wake refused pods", registry=self.registry)
+        self.registry.register(_Now(gauges))
+
+    @contextmanager
+    def timed(self, verb: str) -> Iterator[None]:
+        """Count the time of one request."""
+        with self.seconds.labels(verb).time():
+            yield
+
+    def text(self) -> bytes:
+        """The Prometheus exposition."""
+        return generate_latest(self.registry)
+
+
+class _Now(Collector):
+    def __init__(self, gauges: Gauges) -> None:
+        self._gauges = gauges
+
+    def collect(self) -> Iterator[Metric]:
+        for name, about, values in self._gauges():
+            family = GaugeMetricFamily(name, about, labels=["state"])
+            for state, value in values.items():
+                family.add_metric([state], value)
+            yield family

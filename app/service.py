@@ -1,0 +1,300 @@
+"""The running service: every object it is made of, what it waits for, and its background tasks.
+
+watch pods, watch nodes ─▶ truth ─▶ ledger          lease: one holder serves
+chores: twice a second settle what left, look for stale nodes, settle orphans, wake refused pods
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from app.errors import BadInput, KubeError
+from app.extender import Extender
+from app.inventory import Inventory, profiles_in
+from app.kube import Event, Kube, Listed
+from app.lease import Lease
+from app.ledger import Ledger
+from app.manifests import managed_resource_names
+from app.metrics import Metrics
+from app.offers import Offers
+from app.report import NodeReport, Unchanged
+from app.settings import Settings
+from app.translate import WAKE_ANNOTATION, Pod, pod_of, resource_of_profile
+from app.truth import Truth
+from app.views import Views
+from app.watch import Watch
+from solver import DEFAULT_POLICY
+
+log = logging.getLogger(__name__)
+
+CHORES_SECONDS = 0.5
+LOOK_SECONDS = 0.05
+SHOWN = 5
+
+
+class Service:
+    """Built once by `main.build`; `start` and `stop` are called by the app's lifespan."""
+
+    def __init__(self, settings: Settings, *, kube: Kube | None, clock: Callable[[], float]) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.kube = kube
+        self.ledger = Ledger()
+        self.inventory = Inventory(stale_seconds=settings.stale_seconds)
+        self.offers = Offers(self.inventory, self.ledger, policy=DEFAULT_POLICY)
+        self.truth = Truth(self.ledger, self.inventory, clock=clock)
+        self.views = Views(self.ledger, self.inventory, self.offers, self.truth, clock=clock)
+        self.metrics = Metrics(self._gauges)
+        self.lease: Lease | None = None
+        self.watches: tuple[Watch, ...] = ()
+        if kube is not None:
+            self.lease = Lease(
+                kube,
+                namespace=settings.namespace,
+                name=settings.lease_name,
+                identity=settings.identity,
+                seconds=settings.lease_seconds,
+                clock=clock,
+            )
+            self.watches = (
+                self._watch(kube, "pods", self._pods_listed, self._pod_event),
+                self._watch(kube, "nodes", self._nodes_listed, self._node_event),
+            )
+        self.extender = Extender(
+            settings=settings,
+            ledger=self.ledger,
+            offers=self.offers,
+            truth=self.truth,
+            kube=kube,
+            waiting_for=self.waiting_for,
+            clock=clock,
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+        self.broken = ""
+        """What ended that must never end; liveness fails then, and a restart rebuilds everything."""
+        self._managed = frozenset(managed_resource_names())
+        self._unmanaged: tuple[str, ...] = ()
+
+    # -- life -----------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start every background task; readiness follows by itself."""
+        loops = [self._do_chores()]
+        if self.kube is not None and self.lease is not None:
+            loops += [self.lease.run(), self._rebuild(), self._wake(self.kube)]
+        self._tasks = [asyncio.create_task(loop) for loop in loops]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
+
+    async def stop(self) -> None:
+        """End binds in flight, then everything; give the Lease back."""
+        await self.extender.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.lease is not None:
+            await self.lease.release()
+        if self.kube is not None:
+            await self.kube.close()
+
+    async def _rebuild(self) -> None:
+        """Follow the API server while the Lease is ours; all is listed anew each time it becomes ours.
+
+        While it is not, somebody else may write placements, and what we know is no longer the whole truth.
+        """
+        assert self.lease is not None
+        while True:
+            while not self.lease.held():
+                await asyncio.sleep(LOOK_SECONDS)
+            self.truth.rebuilt = False
+            for watch in self.watches:
+                watch.lists = 0
+            followers = [asyncio.create_task(watch.run()) for watch in self.watches]
+            try:
+                while self.lease.held() and not any(follower.done() for follower in followers):
+                    await asyncio.sleep(LOOK_SECONDS)
+            finally:
+                for follower in followers:
+                    follower.cancel()
+                ended = await asyncio.gather(*followers, return_exceptions=True)
+            for error in ended:
+                if isinstance(error, Exception):
+                    raise error
+
+    def _watch(
+        self,
+        kube: Kube,
+        resource: str,
+        listed: Callable[[Listed, float], None],
+        event: Callable[[Event], None],
+    ) -> Watch:
+        resync = self.settings.resync_seconds
+        return Watch(kube, resource, listed=listed, event=event, clock=self.clock, resync_seconds=resync)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            self.broken = f"a background task has ended: {task.exception()}"
+            log.critical("%s", self.broken, exc_info=task.exception())
+
+    # -- readiness ------------------------------------------------------------------------------------
+
+    def waiting_for(self) -> list[str]:
+        """What must still happen before we may decide; empty when ready."""
+        waits = [self.broken] if self.broken else []
+        if self.lease is not None and not self.lease.held():
+            holder = f" (held by {self.lease.holder})" if self.lease.holder else ""
+            waits.append(f"the Lease {self.settings.namespace}/{self.settings.lease_name}{holder}")
+        waits += [f"the first list of {watch.resource}" for watch in self.watches if not watch.lists]
+        return waits
+
+    def warnings(self) -> list[str]:
+        """What an operator should know although we serve."""
+        warnings = [f"the watch of {watch.resource} is interrupted" for watch in self.watches if watch.interrupted]
+        if self._unmanaged:
+            warnings.append(
+                "profiles reported by agents but missing from the shipped managedResources, so pods asking for them "
+                f"bypass Tangram: {_some(self._unmanaged)}"
+            )
+        if self.truth.unexplained:
+            pods = [
+                f"{pod.ref if (pod := self.truth.pods.get(uid)) else uid}: {wrong}"
+                for uid, wrong in list(self.truth.unexplained.items())[:SHOWN]
+            ]
+            warnings.append(f"{len(self.truth.unexplained)} pods use devices in ways we cannot explain: {_some(pods)}")
+        return warnings
+
+    # -- agents ---------------------------------------------------------------------------------------
+
+    def report(self, report: NodeReport, *, lasting: bool = False) -> None:
+        """Take an agent's full report (or one from an inventory file)."""
+        self.inventory.accept(report, now=self.clock(), lasting=lasting)
+        reported = {resource_of_profile(profile) for profile in profiles_in(report)}
+        self._unmanaged = tuple(sorted({*self._unmanaged, *(reported - self._managed)}))
+        self.offers.touch(report.node)
+        self.truth.learn(report.node)
+        self.truth.settle()
+        self.truth.made_room(report.node)
+
+    def beat(self, unchanged: Unchanged) -> bool:
+        """An agent has nothing new; False asks for the full report."""
+        known = self.inventory.beat(unchanged, now=self.clock())
+        if known:
+            self.truth.settle()
+        return known
+
+    def release(self, uid: str) -> bool:
+        """Standalone: the pod is gone."""
+        if self.kube is not None:
+            raise BadInput("pods are deleted on the API server, not here")
+        known = self.ledger.get(uid) is not None or uid in self.truth.pods
+        self.truth.pods.pop(uid, None)
+        self.truth.waiting.pop(uid, None)
+        self.ledger.release(uid)
+        return known
+
+    # -- the API server's word ------------------------------------------------------------------------
+
+    def _pods_listed(self, result: Listed, asked_at: float) -> None:
+        self.truth.pods_listed(_pods(result.items), asked_at=asked_at)
+
+    def _pod_event(self, event: Event) -> None:
+        pod = _pod(event.object)
+        if pod is None:
+            return
+        if event.type == "DELETED":
+            self.truth.pod_gone(pod.ref.uid, pod)
+        else:
+            self.truth.pod_seen(pod)
+
+    def _nodes_listed(self, result: Listed, asked_at: float) -> None:
+        names = {item["metadata"]["name"] for item in result.items}
+        for name in names - self.truth.nodes:
+            self.offers.unbar(name)
+        for name in self.truth.nodes_listed(names):
+            self.offers.bar(name, "the API server has no such node")
+
+    def _node_event(self, event: Event) -> None:
+        name = event.object["metadata"]["name"]
+        if event.type == "DELETED":
+            self.truth.nodes.discard(name)
+            self.offers.bar(name, "the API server has no such node")
+        elif name not in self.truth.nodes:
+            self.truth.nodes.add(name)
+            self.offers.unbar(name)
+
+    # -- chores ---------------------------------------------------------------------------------------
+
+    async def _do_chores(self) -> None:
+        while True:
+            now = self.clock()
+            self.ledger.expire(before=now - self.settings.proposal_seconds)
+            self.truth.settle()
+            for name in self.offers.sweep(now=now):
+                self.truth.made_room(name)
+            self.offers.refresh(now=now)
+            if not self.waiting_for():
+                self.extender.settle_orphans()
+            await asyncio.sleep(CHORES_SECONDS)
+
+    async def _wake(self, kube: Kube) -> None:
+        """Touch one node where room was made, at most once in `wake_seconds` for the whole cluster.
+
+        One touch makes kube-scheduler look at every pod again that an extender has refused.
+        """
+        while True:
+            await asyncio.sleep(self.settings.wake_seconds)
+            room = self.truth.chores.room
+            nodes = sorted(room & self.truth.nodes) or sorted(self.truth.nodes)[:1] if room else []
+            room.clear()
+            if not nodes or not self.truth.waiting or self.waiting_for():
+                continue
+            self.offers.refresh(now=self.clock())
+            try:
+                await kube.annotate_node(nodes[0], {WAKE_ANNOTATION: datetime.now(UTC).isoformat()})
+                self.metrics.wakes.inc()
+            except KubeError as error:
+                log.warning("cannot touch node %s to wake refused pods: %s", nodes[0], error)
+                room.update(nodes)
+
+    def _gauges(self) -> Iterable[tuple[str, str, dict[str, float]]]:
+        phases: dict[str, float] = dict(self.views.phases())
+        yield "tangram_pods", "Pods by phase", phases
+        offered = sum(not self.offers.fault(name) for name in self.inventory)
+        nodes = {"offered": float(offered), "kept_back": float(len(self.inventory) - offered)}
+        yield "tangram_nodes", "Nodes with a report", nodes
+        yield (
+            "tangram_unexplained_pods",
+            "Pods whose devices we cannot explain",
+            {"now": len(self.truth.unexplained)},
+        )
+        yield (
+            "tangram_unmanaged_profiles",
+            "Profiles missing from managedResources",
+            {"now": len(self._unmanaged)},
+        )
+        yield "tangram_ready", "1 when ready", {"now": float(not self.waiting_for())}
+        yield (
+            "tangram_rows_updated",
+            "Times a node's rows were made anew",
+            {"total": float(self.offers.updated)},
+        )
+
+
+def _pod(item: dict[str, Any]) -> Pod | None:
+    """A pod from the API server; one that even we cannot read is logged and left out, not crashed on."""
+    try:
+        return pod_of(item)
+    except (ValueError, TypeError, AttributeError) as error:
+        log.error("a pod from the API server cannot be read: %s", error)
+        return None
+
+
+def _pods(items: Iterable[dict[str, Any]]) -> Iterable[Pod]:
+    return (pod for item in items if (pod := _pod(item)) is not None)
+
+
+def _some(words: Iterable[str]) -> str:
+    listed = list(words)
+    return ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")

@@ -1,0 +1,239 @@
+"""What the page, the CLI and `/v1/` show: the ledger and the inventory as JSON (`docs/api.md`). Reads only."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from app.inventory import Entry, Inventory
+from app.ledger import Hold, Ledger, Phase
+from app.offers import Offers
+from app.report import Gpu
+from app.translate import Malformed, PodRef, profile_as_asked
+from app.truth import Truth, Waiting
+from solver import Device, Slice
+
+Json = dict[str, Any]
+
+
+class Views:
+    """The read side. Each method is one snapshot; nothing awaits."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        inventory: Inventory,
+        offers: Offers,
+        truth: Truth,
+        *,
+        clock: Callable[[], float],
+    ) -> None:
+        self._ledger = ledger
+        self._inventory = inventory
+        self._offers = offers
+        self._truth = truth
+        self._clock = clock
+
+    def names(self) -> list[str]:
+        """Every node that has reported or that holds something."""
+        return sorted({*self._inventory, *(hold.node for hold in self._ledger)})
+
+    def cluster(self, *, limit: int, after: str) -> Json:
+        """Totals, and one page of nodes."""
+        names = [name for name in self.names() if name > after]
+        page = names[:limit]
+        return {
+            "totals": self.totals(),
+            "next": page[-1] if len(names) > limit else None,
+            "nodes": [self.node(name) for name in page],
+        }
+
+    def totals(self) -> dict[str, int]:
+        """Whole-cluster counts; MIG units are memory slices of the boards' own grids."""
+        gpus = held_gpus = mig_gpus = units = held_units = held_slices = offered = 0
+        for name in self._inventory:
+            entry = self._inventory.get(name)
+            assert entry is not None
+            offered += not self._offers.fault(name)
+            taken = {device for hold in self._ledger.on(name) if hold.firm for device in hold.devices}
+            sizes = _sizes(entry)
+            for gpu in entry.node.gpus:
+                gpus += 1
+                if gpu.geometry is None:
+                    held_gpus += Device(gpu.uuid) in taken
+                else:
+                    mig_gpus += 1
+                    units += gpu.geometry.width
+            for device in taken:
+                if device.slice is not None:
+                    held_slices += 1
+                    held_units += sizes.get((device.gpu, device.slice.profile), 0)
+        phases = self.phases()
+        return {
+            "nodes": len(self._inventory),
+            "nodes_offered": offered,
+            "gpus": gpus,
+            "gpus_held": held_gpus,
+            "mig_gpus": mig_gpus,
+            "mig_units": units,
+            "mig_units_held": held_units,
+            "slices_held": held_slices,
+            **{f"pods_{phase}": count for phase, count in phases.items()},
+        }
+
+    def phases(self) -> dict[str, int]:
+        """How many pods stand in which phase, the waiting ones included."""
+        counted = Counter(hold.phase for hold in self._ledger)
+        waiting = sum(1 for uid in self._truth.waiting if not self._is_firm(uid))
+        return {"waiting": waiting, **{phase.value: counted[phase] for phase in Phase}}
+
+    def node(self, name: str) -> Json:
+        """One node with its GPUs and slices."""
+        entry = self._inventory.get(name)
+        fault = self._offers.fault(name)
+        holds = self._ledger.on(name)
+        report = entry.report if entry else None
+        silent = self._inventory.silent_for(name, now=self._clock()) if entry else None
+        return {
+            "name": name,
+            "offered": not fault,
+            "reason": fault,
+            "reported_seconds_ago": None if silent is None else round(silent, 1),
+            "product": ", ".join(sorted({gpu.product for gpu in report.gpus})) if report else "",
+            "driver": report.driver if report else "",
+            "cuda": report.cuda if report else "",
+            "gpus": [self._gpu(entry, gpu, holds) for gpu in report.gpus] if entry and report else [],
+            "not_in_inventory": self._strays(entry, holds),
+        }
+
+    def pods(self, *, phase: str = "") -> list[Json]:
+        """Every pod that holds, is promised, or waits."""
+        rows = [self._held(hold) for hold in self._ledger]
+        known = {row["uid"] for row in rows if row["phase"] != Phase.PROPOSED.value}
+        rows += [self._waiting(uid, each) for uid, each in self._truth.waiting.items() if uid not in known]
+        rows.sort(key=lambda row: (row["namespace"], row["name"], row["uid"]))
+        return [row for row in rows if not phase or row["phase"] == phase]
+
+    def pod(self, uid: str) -> Json | None:
+        """One pod, with the price of its placement by goal."""
+        hold = self._ledger.get(uid)
+        if hold is not None:
+            return {**self._held(hold), "prices": dict(hold.prices)}
+        waiting = self._truth.waiting.get(uid)
+        return None if waiting is None else {**self._waiting(uid, waiting), "prices": {}}
+
+    def _is_firm(self, uid: str) -> bool:
+        hold = self._ledger.get(uid)
+        return hold is not None and hold.firm
+
+    def _held(self, hold: Hold) -> Json:
+        return {
+            **_pod(hold.pod),
+            "phase": hold.phase.value,
+            "demand": str(hold.demand),
+            "node": hold.node,
+            "devices": [str(device) for device in hold.devices],
+            "since_seconds": round(self._clock() - hold.since, 1),
+            "reason": self._reason(hold),
+        }
+
+    def _reason(self, hold: Hold) -> str:
+        if hold.pod.uid in self._truth.unexplained:
+            return self._truth.unexplained[hold.pod.uid]
+        if hold.phase is Phase.LEAVING:
+            return "the pod is gone; its devices have not been seen idle yet"
+        if hold.phase is Phase.ASSUMED:
+            return "its bind is under way, or its outcome is being read"
+        priced = {goal: price for goal, price in hold.prices if price}
+        if not hold.prices:
+            return "placed before this process started"
+        cost = ", ".join(f"{goal} {price}" for goal, price in priced.items()) or "nothing"
+        return f"the cheapest step on {hold.node} when it was decided; it cost {cost} (milli-GPU)"
+
+    def _waiting(self, uid: str, waiting: Waiting) -> Json:
+        ask = waiting.pod.ask
+        return {
+            **_pod(waiting.pod.ref),
+            "phase": "waiting",
+            "demand": "malformed" if isinstance(ask, Malformed) else str(ask),
+            "node": None,
+            "devices": [],
+            "since_seconds": round(self._clock() - waiting.since, 1),
+            "reason": waiting.reason,
+        }
+
+    def _gpu(self, entry: Entry, gpu: Gpu, holds: tuple[Hold, ...]) -> Json:
+        seen = next(each for each in entry.node.gpus if each.uuid == gpu.uuid)
+        phase, reason, pod = "free", "", None
+        whole = _first(holds, Device(gpu.uuid))
+        slices = list(_slices(entry, gpu, holds)) if seen.geometry is not None else []
+        if whole is not None:
+            phase, pod = whole.phase.value, _pod(whole.pod)
+        elif seen.withheld:
+            phase, reason = "withheld", seen.withheld
+        elif any(each["pod"] for each in slices):
+            phase = "shared"
+        elif not self._offers.fault(entry.node.name):
+            kept = next(g for g in self._offers.view(entry.node.name)[0].gpus if g.uuid == gpu.uuid).withheld
+            phase, reason = ("withheld", kept) if kept else ("free", "")
+        return {
+            "uuid": gpu.uuid,
+            "index": gpu.index,
+            "product": gpu.product,
+            "memory_mib": gpu.memory_mib,
+            "numa": gpu.numa,
+            "phase": phase,
+            "pod": pod,
+            "reason": reason,
+            "mig": seen.geometry is not None,
+            "width": seen.geometry.width if seen.geometry else 0,
+            "slices": slices,
+        }
+
+    @staticmethod
+    def _strays(entry: Entry | None, holds: tuple[Hold, ...]) -> list[Json]:
+        """Devices that pods hold and the inventory does not have: they stay held, and are shown."""
+        known = {gpu.uuid for gpu in entry.node.gpus} if entry else set()
+        return [
+            {"device": str(device), "pod": _pod(hold.pod)}
+            for hold in holds
+            for device in hold.devices
+            if device.gpu not in known
+        ]
+
+
+def _slices(entry: Entry, gpu: Gpu, holds: tuple[Hold, ...]) -> Iterator[Json]:
+    sizes = _sizes(entry)
+    exists = {
+        Slice(profile_as_asked(each.profile), each.start)
+        for each in (gpu.mig.instances if gpu.mig else ())
+        if each.start is not None
+    }
+    held = {device.slice: hold for hold in reversed(holds) for device in hold.devices if device.gpu == gpu.uuid}
+    for piece in sorted({*exists, *(each for each in held if each is not None)}, key=lambda each: each.start):
+        hold = held.get(piece)
+        yield {
+            "profile": piece.profile,
+            "start": piece.start,
+            "size": sizes.get((gpu.uuid, piece.profile), 1),
+            "phase": hold.phase.value if hold else "idle",
+            "pod": _pod(hold.pod) if hold else None,
+            "exists": piece in exists,
+        }
+
+
+def _sizes(entry: Entry) -> dict[tuple[str, str], int]:
+    return {
+        (gpu.uuid, profile.name): profile.size
+        for gpu in entry.node.gpus
+        if gpu.geometry is not None
+        for profile in gpu.geometry.profiles
+    }
+
+
+def _first(holds: tuple[Hold, ...], device: Device) -> Hold | None:
+    firm = [hold for hold in holds if device in hold.devices]
+    return min(firm, key=lambda hold: not hold.firm, default=None)
+
+
+def _pod(ref: PodRef) -> Json:
+    return {"uid": ref.uid, "namespace": ref.namespace, "name": ref.name}
