@@ -43,10 +43,22 @@ class Event:
 class Kube(Protocol):
     """The verbs we use. `resource` is "pods" or "nodes". All raise `KubeError`."""
 
-    async def list(self, resource: str, *, fields: str = "") -> Listed: ...
-    def watch(self, resource: str, *, resource_version: str, seconds: float) -> AsyncIterator[Event]: ...
-    async def get_pod(self, namespace: str, name: str) -> Json: ...
-    async def get_node(self, name: str) -> Json: ...
+    async def list(self, resource: str, *, fields: str = "") -> Listed:
+        """Every object of the resource, as of now."""
+        ...
+
+    def watch(self, resource: str, *, resource_version: str, seconds: float) -> AsyncIterator[Event]:
+        """Events after that version; ends by itself."""
+        ...
+
+    async def get_pod(self, namespace: str, name: str) -> Json:
+        """The pod as it is now."""
+        ...
+
+    async def get_node(self, name: str) -> Json:
+        """The node as it is now."""
+        ...
+
     async def annotate_pod(
         self,
         namespace: str,
@@ -56,15 +68,35 @@ class Kube(Protocol):
         uid: str,
         resource_version: str = "",
         timeout: float,
-    ) -> str: ...
-    async def annotate_node(self, name: str, annotations: Mapping[str, str | None]) -> None: ...
+    ) -> str:
+        """Set annotations on the pod with that UID (and version, if given); its new resourceVersion."""
+        ...
+
+    async def annotate_node(self, name: str, annotations: Mapping[str, str | None]) -> None:
+        """Set annotations; None removes one."""
+        ...
+
     async def bind(
         self, namespace: str, name: str, node: str, *, uid: str, resource_version: str, timeout: float
-    ) -> None: ...
-    async def get_lease(self, namespace: str, name: str) -> Json: ...
-    async def create_lease(self, namespace: str, lease: Json) -> Json: ...
-    async def replace_lease(self, namespace: str, name: str, lease: Json) -> Json: ...
-    async def close(self) -> None: ...
+    ) -> None:
+        """Create the Binding, with uid and resourceVersion as preconditions."""
+        ...
+
+    async def get_lease(self, namespace: str, name: str) -> Json:
+        """The Lease."""
+        ...
+
+    async def create_lease(self, namespace: str, lease: Json) -> Json:
+        """A new Lease."""
+        ...
+
+    async def replace_lease(self, namespace: str, name: str, lease: Json) -> Json:
+        """Replace that version of the Lease."""
+        ...
+
+    async def close(self) -> None:
+        """Close every connection."""
+        ...
 
 
 async def connect(kubeconfig: Path | None) -> "ApiServer":
@@ -77,7 +109,9 @@ async def connect(kubeconfig: Path | None) -> "ApiServer":
         else:
             load_incluster_config(client_configuration=configuration)
     except (ConfigException, OSError) as error:
-        where = f"kubeconfig {kubeconfig}" if kubeconfig else "the pod's service account (give --kubeconfig outside a pod)"
+        where = (
+            f"kubeconfig {kubeconfig}" if kubeconfig else "the pod's service account (give --kubeconfig outside a pod)"
+        )
         raise BadInput(f"cannot read {where}: {error}") from error
     return ApiServer(ApiClient(configuration))
 
@@ -141,7 +175,10 @@ class ApiServer:
         if resource_version:
             metadata["resourceVersion"] = resource_version
         patched = await self._json(
-            "PATCH", f"/api/v1/namespaces/{namespace}/pods/{name}", body={"metadata": metadata}, timeout=timeout
+            "PATCH",
+            f"/api/v1/namespaces/{namespace}/pods/{name}",
+            body={"metadata": metadata},
+            timeout=timeout,
         )
         return str(patched["metadata"]["resourceVersion"])
 
@@ -183,7 +220,13 @@ class ApiServer:
         await self._client.close()
 
     async def _json(
-        self, method: str, path: str, *, query: Mapping[str, str] | None = None, body: Json | None = None, timeout: float
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: Json | None = None,
+        timeout: float,
     ) -> Json:
         limit = aiohttp.ClientTimeout(total=timeout)
         async with self._response(method, path, query=query, body=body, timeout=limit) as response:

@@ -131,9 +131,9 @@ class Offers:
             return self.refusal(demand, name)
         own = self._ledger.get(uid)
         node, taken = self.view(name)
-        if own is not None and not own.firm and own.node == name and own.demand == demand:
-            if legal(node)(taken, own.devices) is None:
-                return Placement(name, own.devices, own.prices)
+        stands = own is not None and not own.firm and own.node == name and own.demand == demand
+        if own is not None and stands and legal(node)(taken, own.devices) is None:
+            return Placement(name, own.devices, own.prices)
         promised = self._unspoilt(node, taken, self._ledger.proposed(name, but=uid))
         if promised:
             softly = quote(node, (*taken, *promised), demand, self._policy)

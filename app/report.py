@@ -8,8 +8,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-SCHEMA = 1
-
 NodeName = Annotated[str, StringConstraints(min_length=1, max_length=253)]
 Uuid = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 Text = Annotated[str, StringConstraints(max_length=500)]
@@ -100,7 +98,7 @@ class NodeReport(_Wire):
     old one. `sees_pods` is true where the agent can tell which pods have processes on a device.
     """
 
-    schema_: Literal[1] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal[1] = Field(default=1, alias="schema")
     node: NodeName
     boot: Text = ""
     version: int = Field(ge=0)
