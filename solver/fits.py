@@ -55,9 +55,7 @@ def has_that_many_gpus(demand: Demand, room: Room, taken: tuple[Device, ...]) ->
     if total >= demand.gpus:
         return None
     cut_up = len(room.node.gpus) - total
-    return f"needs {_gpus(demand.gpus)}, has {total} in all" + (
-        f" ({cut_up} more in MIG mode)" if cut_up else ""
-    )
+    return f"needs {_gpus(demand.gpus)}, has {total} in all" + (f" ({cut_up} more in MIG mode)" if cut_up else "")
 
 
 def enough_free(demand: Demand, room: Room, taken: tuple[Device, ...]) -> str | None:

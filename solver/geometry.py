@@ -171,8 +171,7 @@ class Cut:
         return tuple(
             start
             for start, block, mask in rows
-            if not mask & self.busy
-            and all(use <= left for use, left in zip(block.uses, self.left, strict=True))
+            if not mask & self.busy and all(use <= left for use, left in zip(block.uses, self.left, strict=True))
         )
 
     def idle_starts(self, profile: str) -> tuple[int, ...]:
@@ -210,9 +209,7 @@ def _without_idle(state: Cut) -> Cut:
 
 
 @lru_cache(maxsize=65536)
-def cut(
-    geometry: Geometry, held: frozenset[Slice] = frozenset(), idle: frozenset[Slice] = frozenset()
-) -> Cut | str:
+def cut(geometry: Geometry, held: frozenset[Slice] = frozenset(), idle: frozenset[Slice] = frozenset()) -> Cut | str:
     """The state of a GPU with these slices held and these instances idle; words if they cannot all be there.
 
     Then the board and our books disagree, and nothing should be placed until they agree again.

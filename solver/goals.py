@@ -7,7 +7,7 @@ is about. To add one: two functions and an entry in `GOALS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
@@ -50,11 +50,17 @@ NEXT_SUBSETS = 100
 
 def value(state: State) -> int:
     """What a state can still earn, in milli-GPU; only differences matter. The one place that says so."""
-    return (
-        _value_of_cut(state)
-        if isinstance(state, Cut)
-        else _value_of_whole(state.board, state.canonical().free)
-    )
+    return _value_of_cut(state) if isinstance(state, Cut) else _value_of_whole(state.board, state.canonical().free)
+
+
+def outlook(state: State) -> Hashable:
+    """What `value` looks at: states with equal outlooks have equal values, and the same steps lead them to
+    states with equal outlooks again. The joint flow tells no other states apart.
+    """
+    if isinstance(state, Whole):
+        return state.canonical()
+    bare = state.without_idle()
+    return state.geometry, bare.busy, bare.left, state.idle
 
 
 @lru_cache(maxsize=65536)
@@ -86,10 +92,11 @@ def _value_of_whole(wiring: Board, free: tuple[int, ...]) -> int:
     return round(size - lost / NEXT_SHARE)
 
 
+@lru_cache(maxsize=65536)
 def _set_price(wiring: Board, chosen: tuple[int, ...]) -> int:
-    return _links_price(
-        sum(chosen), bandwidth(wiring, chosen), best_bandwidth(wiring, sum(chosen))
-    ) + _numa_price(sum(chosen), numa_nodes(wiring, chosen), fewest_numa_nodes(wiring, sum(chosen)))
+    return _links_price(sum(chosen), bandwidth(wiring, chosen), best_bandwidth(wiring, sum(chosen))) + _numa_price(
+        sum(chosen), numa_nodes(wiring, chosen), fewest_numa_nodes(wiring, sum(chosen))
+    )
 
 
 def value_taken(step: Step) -> int:
@@ -103,8 +110,7 @@ def value_gone(snapshot: Snapshot, plan: Plan) -> int:
     for placement in plan.placements.values():
         after.setdefault(placement.node, []).extend(placement.devices)
     return sum(
-        _value_of_node(node, snapshot.taken.get(node.name, ()))
-        - _value_of_node(node, after.get(node.name, ()))
+        _value_of_node(node, snapshot.taken.get(node.name, ())) - _value_of_node(node, after.get(node.name, ()))
         for node in snapshot.nodes
     )
 
@@ -183,10 +189,7 @@ def numa_split_in(snapshot: Snapshot, plan: Plan) -> int:
         fewest = next(
             count
             for count in range(1, len(places) + 1)
-            if any(
-                sum(node.gpus[i].numa in some for i in whole) >= len(chosen)
-                for some in combinations(places, count)
-            )
+            if any(sum(node.gpus[i].numa in some for i in whole) >= len(chosen) for some in combinations(places, count))
         )
         total += _numa_price(len(chosen), len({node.gpus[i].numa for i in chosen}), fewest)
     return total
@@ -202,12 +205,7 @@ def slice_made(step: Step) -> int:
 
 def slices_made_in(snapshot: Snapshot, plan: Plan) -> int:
     """The same: slices handed out that are not on the board yet."""
-    there = {
-        Device(gpu.uuid, instance)
-        for node in snapshot.nodes
-        for gpu in node.gpus
-        for instance in gpu.instances
-    }
+    there = {Device(gpu.uuid, instance) for node in snapshot.nodes for gpu in node.gpus for instance in gpu.instances}
     return MAKE_MILLI * sum(
         device.slice is not None and device not in there
         for placement in plan.placements.values()

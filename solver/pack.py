@@ -59,14 +59,10 @@ def is_one_slice(wanted: Wanted) -> bool:
     return len(wanted) == 1 and wanted[0][1] == 1
 
 
-def pack(
-    cuts: Sequence[Cut], wanted: Wanted, policy: Policy
-) -> tuple[int, tuple[tuple[Step, ...], ...]] | None:
+def pack(cuts: Sequence[Cut], wanted: Wanted, policy: Policy) -> tuple[int, tuple[tuple[Step, ...], ...]] | None:
     """The cheapest way to serve all these slices on these GPUs: its price, and each GPU's steps in order."""
     nothing: tuple[Step, ...] = ()
-    reached: dict[Bundle, tuple[int, tuple[tuple[Step, ...], ...]]] = {
-        tuple(count for _, count in wanted): (0, ())
-    }
+    reached: dict[Bundle, tuple[int, tuple[tuple[Step, ...], ...]]] = {tuple(count for _, count in wanted): (0, ())}
     for cut in cuts:
         after = {rest: (price, (*chain, nothing)) for rest, (price, chain) in reached.items()}
         for bundle, price, steps in _bundles(cut, wanted, policy):
@@ -102,9 +98,7 @@ def _bundles(cut: Cut, wanted: Wanted, policy: Policy) -> tuple[tuple[Bundle, in
 
 
 @lru_cache(maxsize=65536)
-def _serve(
-    cut: Cut, profiles: tuple[str, ...], bundle: Bundle, policy: Policy
-) -> tuple[int, tuple[Step, ...]] | None:
+def _serve(cut: Cut, profiles: tuple[str, ...], bundle: Bundle, policy: Policy) -> tuple[int, tuple[Step, ...]] | None:
     """The cheapest steps that put the whole bundle on this GPU. Every set can be made in profile order."""
     i = next((i for i, count in enumerate(bundle) if count), None)
     if i is None:

@@ -54,9 +54,7 @@ def _eight_units(gb: str, mib: tuple[int, ...] = (), *, ampere: bool = False) ->
     """The family A100 to GB300. `gb`: what names say for one, two, four and eight units; `mib`: as listed."""
     one, two, four, eight = gb.split()
     memory = mib or tuple(int(float(said) * 1024 * 0.95) for said in (one, two, four, eight))
-    by_units = {
-        units: (said, size) for units, said, size in zip((1, 2, 4, 8), gb.split(), memory, strict=True)
-    }
+    by_units = {units: (said, size) for units, said, size in zip((1, 2, 4, 8), gb.split(), memory, strict=True)}
     profiles = []
     for kind, (number, units, starts, compute, on_ampere, later) in _EIGHT_UNITS.items():
         said, size = by_units[units]
@@ -159,9 +157,7 @@ PRODUCTS = (
         97887,
         _RTX_PRO_6000,
     ),
-    Product(
-        "RTXPRO5000-48", "NVIDIA RTX PRO 5000 Blackwell", "blackwell", "12.0", 49152
-    ),  # placements unknown
+    Product("RTXPRO5000-48", "NVIDIA RTX PRO 5000 Blackwell", "blackwell", "12.0", 49152),  # placements unknown
     Product("V100-32", "Tesla V100-SXM2-32GB", "volta", "7.0", 32768),
     Product("T4-16", "Tesla T4", "turing", "7.5", 15360),
     Product("A10-24", "NVIDIA A10", "ampere", "8.6", 23028),

@@ -31,9 +31,7 @@ KNOWN_REFUSALS = 256
 """Refusals remembered per node until it changes."""
 
 
-def quote(
-    node: Node, taken: Iterable[Device], demand: Demand, policy: Policy = DEFAULT_POLICY
-) -> Placement | None:
+def quote(node: Node, taken: Iterable[Device], demand: Demand, policy: Policy = DEFAULT_POLICY) -> Placement | None:
     """The cheapest placement on this node, were these devices taken; None if the demand does not fit."""
     return _place(read(node, taken), demand, policy)
 
@@ -95,9 +93,7 @@ def _place_slices(
         return None
     steps = [step for chain in found[1] for step in chain]
     devices = [
-        Device(gpu.uuid, step.slice)
-        for (gpu, _), chain in zip(room.cuts, found[1], strict=True)
-        for step in chain
+        Device(gpu.uuid, step.slice) for (gpu, _), chain in zip(room.cuts, found[1], strict=True) for step in chain
     ]
     return steps, devices
 

@@ -72,12 +72,9 @@ def whole_steps(state: Whole, gpus: int) -> tuple[Step, ...]:
 def slice_steps(state: Cut, profile: str) -> tuple[Step, ...]:
     """Every way to serve one slice: each idle instance of the profile first, then each legal start."""
     reused = [
-        Step(state, state.add(Slice(profile, at)), (), Slice(profile, at), True)
-        for at in state.idle_starts(profile)
+        Step(state, state.add(Slice(profile, at)), (), Slice(profile, at), True) for at in state.idle_starts(profile)
     ]
-    made = [
-        Step(state, state.add(Slice(profile, at)), (), Slice(profile, at)) for at in state.starts(profile)
-    ]
+    made = [Step(state, state.add(Slice(profile, at)), (), Slice(profile, at)) for at in state.starts(profile)]
     return (*reused, *made)
 
 

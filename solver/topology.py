@@ -16,8 +16,8 @@ from functools import lru_cache
 PCIE_GBS = {"internal": 64, "single": 64, "multiple": 56, "hostbridge": 48, "node": 32, "system": 20}
 """GB/s both ways to reckon with between two GPUs without NVLink, by NVML's common ancestor of their PCIe
 path (board, one switch, several switches, host bridge, NUMA node, across sockets). Generation 4 x16 is 64;
-below it only order and rough ratio mean anything (chosen by feel: published figures for NODE and SYS differ by host),
-and one table serves all generations, since only GPUs of one node are ever compared."""
+below it only order and rough ratio mean anything (chosen by feel: published figures for NODE and SYS differ
+by host), and one table serves all generations, since only GPUs of one node are ever compared."""
 
 SUBSETS = 2_000
 """Ways to choose GPUs by class that are looked at one by one. All boards of 8 have at most 70, 16 GPUs in
@@ -53,9 +53,7 @@ Counts = tuple[int, ...]
 
 
 @lru_cache(maxsize=4096)
-def board(
-    links: tuple[tuple[int, ...], ...], numa: tuple[int | None, ...], products: tuple[str, ...]
-) -> Board:
+def board(links: tuple[tuple[int, ...], ...], numa: tuple[int | None, ...], products: tuple[str, ...]) -> Board:
     """The board of GPUs with these links (GB/s both ways), NUMA nodes and products, by position."""
     size = len(numa)
     names: dict[int | None, int] = {}

@@ -1,0 +1,552 @@
+"""Everything that is pending, together: an exact flow of units through states, solved by CP-SAT.
+
+    rooms ──▶ units (a GPU in MIG mode; a node's whole GPUs), counted by state
+    states ──offers──▶ arcs: state ──demand──▶ next state, with a price
+    arcs ──▶ courses: from a state, the cheapest way to serve this bundle of demands
+    choices: how many units of a state take each course; how many of each demand stay unplaced
+    rules:   a demand is served or unplaced; a unit takes one course
+    goals:   worth of the unplaced first, then the policy's tiers, each proven before it is fixed
+    plan:    units walk the courses that were chosen, and each step takes real devices
+
+The size is that of the different states and demands, not of nodes or pods. The plan says "so many of this
+bundle on units in that state"; which of equal pods goes first does not matter.
+
+A course is a path of the flow, and prices do not depend on where a path ends except through its steps, so one
+variable for each bundle says all that a variable for each arc could. Measured (500 nodes, 1,000 asks, nine
+kinds, one core): arcs 12 s (986 variables), courses 13 ms (72 variables), the same optimum.
+
+Asks that couple several slices on one node (or slices and whole GPUs) are no single step. They are placed
+before the flow, one by one, the worthiest first and equals in the order of the problem; the plan is then
+FEASIBLE at most. (They will join the flow as courses of whole nodes.)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import gcd
+
+from ortools.sat.python import cp_model
+
+from solver.cluster import Device, Gpu
+from solver.demand import Ask, Demand, Problem
+from solver.fits import refusal
+from solver.geometry import Cut
+from solver.goals import (
+    DEFAULT_POLICY,
+    GPU_MILLI,
+    Offer,
+    Policy,
+    Prices,
+    offers,
+    outlook,
+    prices_of,
+)
+from solver.pack import is_one_slice
+from solver.plan import Placement, Plan, Status, Unplaced
+from solver.rank import Ranking
+from solver.steps import Room, State, Step, Whole, read
+
+STATES = 20_000
+"""States that are looked at. Ordinary boards have tens to hundreds; sixteen GPUs that are all wired
+differently have 65,536. Beyond, later states take no steps in the flow, and the plan is FEASIBLE."""
+
+BUNDLES = 3_000
+"""Courses kept for one state, the smallest bundles first. Boards of 8 with demands of 1, 2, 4 and 8 GPUs have
+35, an A100 with all its profiles 127. Beyond, the plan is FEASIBLE."""
+
+UNPLACED = 10**12
+"""What a milli-GPU that is not placed counts in a plan's cost, next to 1 for a milli-GPU of price: so much
+that placing more always comes first."""
+
+SAFE_RANGE = 2**31 - 1
+"""Σ |coefficient × range| of every row and of every objective stays within this: beyond it OR-Tools 9.15 has
+certified wrong optima (or-tools #5293)."""
+
+
+def solve(
+    problem: Problem,
+    policy: Policy = DEFAULT_POLICY,
+    *,
+    seed: int = 0,
+    workers: int = 1,
+    time_limit_seconds: float | None = None,
+    deterministic_limit: float | None = None,
+) -> Plan:
+    """Place all asks of the problem together: as much of their worth as can be, then at the least price.
+
+    An ask is worth its milli-GPU (`worth`). OPTIMAL is a proof for both, in that order. With a limit (seconds
+    of wall clock, or CP-SAT's deterministic time) the plan may be FEASIBLE: nothing that fits is left out,
+    but it could be better, at most down to `bound`. `bound` is 0 where it is not known.
+    """
+    books = _Books(problem, policy)
+    alone = [ask for ask in problem.asks if not _is_one_step(ask.demand)]
+    for ask in sorted(alone, key=lambda ask: -books.worth(ask.demand)):
+        books.place_alone(ask)
+
+    network = _network(books, [ask for ask in problem.asks if _is_one_step(ask.demand)])
+    limits = _Limits(seed, workers, time_limit_seconds, deterministic_limit)
+    answer = _minimise(network, policy, limits)
+    _walk(network, answer.taken, books)
+
+    proven = answer.status is Status.OPTIMAL and not alone and not network.cut_short
+    if not proven:
+        for ask in problem.asks:
+            if ask.id not in books.placed:
+                books.place_alone(ask)
+    cost = books.cost()
+    bound = answer.bound if not alone and not network.cut_short else min(cost, 0)
+    status = Status.OPTIMAL if proven and bound == cost else Status.FEASIBLE
+    return Plan(status, books.outcomes(), cost, min(bound, cost))
+
+
+def worth(demand: Demand, units: dict[str, int]) -> int:
+    """What placing a demand counts, in milli-GPU: 1000 a GPU, and of a slice its share of the GPU's memory.
+
+    `units` gives the milli-GPU of a slice by profile: the smallest share that any GPU of the cluster makes
+    of it. A profile that is nowhere counts nothing, since it can be placed nowhere.
+    """
+    return GPU_MILLI * demand.gpus + sum(count * units.get(profile, 0) for profile, count in demand.slices)
+
+
+def _is_one_step(demand: Demand) -> bool:
+    if demand.slices:
+        return demand.gpus == 0 and is_one_slice(demand.slices)
+    return demand.gpus > 0
+
+
+# --- the books: who has what while a plan is made ---
+
+
+class _Books:
+    """Rooms and outcomes while a plan is made. Rooms are read again only where something was placed."""
+
+    def __init__(self, problem: Problem, policy: Policy) -> None:
+        self.problem = problem
+        self.policy = policy
+        self.placed: dict[str, Placement] = {}
+        self.added: dict[str, list[Device]] = {}
+        self._nodes = {node.name: node for node in problem.snapshot.nodes}
+        self._order = {node.name: i for i, node in enumerate(problem.snapshot.nodes)}
+        self._ranking: Ranking | None = None
+        self._units = _slice_worth(problem)
+
+    def worth(self, demand: Demand) -> int:
+        return worth(demand, self._units)
+
+    def rooms(self) -> list[Room]:
+        """Every node as it is now."""
+        return [read(node, self.taken(node.name)) for node in self.problem.snapshot.nodes]
+
+    def taken(self, name: str) -> tuple[Device, ...]:
+        before = self.problem.snapshot.taken.get(name, ())
+        added = self.added.get(name)
+        return (*before, *added) if added else tuple(before)
+
+    def place(self, ask: Ask, placement: Placement) -> None:
+        self.placed[ask.id] = placement
+        self.added.setdefault(placement.node, []).extend(placement.devices)
+
+    def place_alone(self, ask: Ask) -> None:
+        """The one-pod path: the cheapest node now, if any; of equals the first."""
+        if self._ranking is None:
+            self._ranking = Ranking(self.policy)
+            for node in self.problem.snapshot.nodes:
+                self._ranking.put(node, self.taken(node.name))
+        prices = self._ranking.prices(ask.demand)
+        if not prices:
+            return
+        name = min(prices, key=lambda name: (prices[name], self._order[name]))
+        placement = self._ranking.best(ask.demand, name)
+        assert placement is not None
+        self.place(ask, placement)
+        self._ranking.put(self._nodes[name], self.taken(name))
+
+    def cost(self) -> int:
+        """What the plan costs: the unplaced, then the prices."""
+        left = sum(self.worth(ask.demand) for ask in self.problem.asks if ask.id not in self.placed)
+        return UNPLACED * left + sum(self.policy.total(placement.prices) for placement in self.placed.values())
+
+    def outcomes(self) -> tuple[tuple[str, Placement | Unplaced], ...]:
+        reasons: dict[Demand, Unplaced] = {}
+        found: list[tuple[str, Placement | Unplaced]] = []
+        for ask in self.problem.asks:
+            placement = self.placed.get(ask.id)
+            if placement is None and ask.demand not in reasons:
+                reasons[ask.demand] = self._why_unplaced(ask.demand)
+            found.append((ask.id, placement or reasons[ask.demand]))
+        return tuple(found)
+
+    def _why_unplaced(self, demand: Demand) -> Unplaced:
+        """One node's refusal before the plan if there is one for each, else that the rest won the room."""
+        nodes = self.problem.snapshot.nodes
+        for node in nodes[:1]:
+            refused = refusal(node, self.problem.snapshot.taken.get(node.name, ()), demand)
+            if refused is not None and len(nodes) == 1:
+                return Unplaced(f"{node.name}: {refused}")
+        return Unplaced(f"no node has room for {demand} in this plan")
+
+
+def _slice_worth(problem: Problem) -> dict[str, int]:
+    """Milli-GPU of a slice by profile: the smallest share of a GPU's memory units that the cluster offers."""
+    units: dict[str, int] = {}
+    geometries = {gpu.geometry for node in problem.snapshot.nodes for gpu in node.gpus if gpu.geometry}
+    for geometry in geometries:
+        for profile in geometry.profiles:
+            share = round(GPU_MILLI * profile.size / geometry.width)
+            units[profile.name] = min(units.get(profile.name, share), share)
+    return units
+
+
+# --- the network: states, arcs, units ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Arc:
+    """A demand served on a unit in one state, which leads to another; states and demands by number."""
+
+    demand: int
+    target: int
+    offer: Offer
+
+
+Bundle = tuple[int, ...]
+"""How many of each demand of one kind (of whole GPUs, or of slices)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Course:
+    """The cheapest way to serve a bundle from a state: the first arc, then the rest of the bundle from there."""
+
+    price: int
+    first: _Arc | None = None
+
+
+@dataclass(slots=True)
+class _Unit:
+    """What takes a course: one GPU in MIG mode (`gpu`), or a node's whole GPUs as they are free now."""
+
+    room: Room
+    gpu: Gpu | None = None
+    whole: Whole | None = None
+    free: list[list[Gpu]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Network:
+    """The problem in numbers: `units[s]` start in state s, `courses[s]` are open to them."""
+
+    states: list[State]
+    units: list[list[_Unit]]
+    demands: list[Demand]
+    asks: list[list[Ask]]
+    worths: list[int]
+    courses: list[dict[Bundle, _Course]]
+    cut_short: bool
+
+
+def _network(books: _Books, asks: Sequence[Ask]) -> _Network:
+    """Units by state, every state that the demands can lead to, and the courses from there."""
+    pending: dict[Demand, list[Ask]] = {}
+    for ask in asks:
+        pending.setdefault(ask.demand, []).append(ask)
+    demands = sorted(pending)
+    counts = [len(pending[demand]) for demand in demands]
+    sizes = [(d, demand.gpus) for d, demand in enumerate(demands) if demand.gpus]
+    profiles = [(d, demand.slices[0][0]) for d, demand in enumerate(demands) if demand.slices]
+
+    numbers: dict[Hashable, int] = {}
+    states: list[State] = []
+    units: list[list[_Unit]] = []
+
+    def number(state: State) -> int:
+        seen = outlook(state)
+        if seen not in numbers:
+            numbers[seen] = len(states)
+            states.append(state)
+            units.append([])
+        return numbers[seen]
+
+    for room in books.rooms() if demands else ():
+        if sizes and any(room.whole.free):
+            free = [list(gpus) for gpus in room.free_gpus]
+            units[number(room.state.whole)].append(_Unit(room, whole=room.whole, free=free))
+        if profiles:
+            for gpu, cut in room.cuts:
+                units[number(cut)].append(_Unit(room, gpu=gpu))
+
+    arcs: list[list[_Arc]] = []
+    while len(arcs) < len(states) <= STATES:
+        state = states[len(arcs)]
+        parts: Iterable[tuple[int, int | str]] = profiles if isinstance(state, Cut) else sizes
+        arcs.append(
+            [
+                _Arc(d, number(offer.step.after), offer)
+                for d, part in parts
+                for offer in offers(state, part, books.policy)
+            ]
+        )
+    cut_short = len(arcs) < len(states)
+    arcs += [[] for _ in range(len(states) - len(arcs))]
+    courses, dropped = _courses(states, arcs, counts)
+    return _Network(
+        states=states,
+        units=units,
+        demands=demands,
+        asks=[pending[demand] for demand in demands],
+        worths=[books.worth(demand) for demand in demands],
+        courses=courses,
+        cut_short=cut_short or dropped,
+    )
+
+
+def _courses(
+    states: Sequence[State], arcs: Sequence[Sequence[_Arc]], counts: Sequence[int]
+) -> tuple[list[dict[Bundle, _Course]], bool]:
+    """For each state the cheapest course to every bundle that fits, later states first; and if any were dropped."""
+    nothing = (0,) * len(counts)
+    courses: list[dict[Bundle, _Course]] = [{} for _ in states]
+    dropped = False
+    for s in sorted(range(len(states)), key=lambda s: _room_left(states[s])):
+        here = courses[s]
+        here[nothing] = _Course(0)
+        for arc in arcs[s]:
+            d, price = arc.demand, arc.offer.price
+            for rest, course in courses[arc.target].items():
+                if rest[d] == counts[d]:
+                    continue
+                bundle = (*rest[:d], rest[d] + 1, *rest[d + 1 :])
+                known = here.get(bundle)
+                if known is None or price + course.price < known.price:
+                    here[bundle] = _Course(price + course.price, arc)
+        if len(here) > BUNDLES:
+            dropped = True
+            kept = sorted(here, key=lambda bundle: (sum(bundle), bundle))[:BUNDLES]
+            courses[s] = {bundle: here[bundle] for bundle in kept}
+    return courses, dropped
+
+
+def _room_left(state: State) -> int:
+    """Falls with every step: what nobody holds, in units or GPUs."""
+    if isinstance(state, Cut):
+        return state.geometry.width - state.without_idle().busy.bit_count()
+    return sum(state.free)
+
+
+def _arcs_of(network: _Network, start: int, bundle: Bundle) -> Iterator[_Arc]:
+    """The course's arcs, one after the other."""
+    arc = network.courses[start][bundle].first
+    while arc is not None:
+        yield arc
+        bundle = (*bundle[: arc.demand], bundle[arc.demand] - 1, *bundle[arc.demand + 1 :])
+        arc = network.courses[arc.target][bundle].first
+
+
+# --- the model: choices, rules, goals ---
+
+
+class _Choices:
+    """The variables, and the questions rules and goals ask about them."""
+
+    def __init__(self, model: cp_model.CpModel, network: _Network) -> None:
+        self.network = network
+        self._unplaced = [
+            model.new_int_var(0, len(asks), f"unplaced[{demand}]")
+            for demand, asks in zip(network.demands, network.asks, strict=True)
+        ]
+        self._taking: dict[int, dict[Bundle, tuple[cp_model.IntVar, int]]] = {}
+        for s, units in enumerate(network.units):
+            if units:
+                self._taking[s] = {}
+                for bundle in network.courses[s]:
+                    if any(bundle):
+                        fits = [len(asks) // n for n, asks in zip(bundle, network.asks, strict=True) if n]
+                        most = min(len(units), *fits)
+                        variable = model.new_int_var(0, most, f"units[{s},{bundle}]")
+                        self._taking[s][bundle] = (variable, most)
+
+    def unplaced(self, demand: int) -> cp_model.IntVar:
+        """How many of the demand stay unplaced."""
+        return self._unplaced[demand]
+
+    def taking_a_course(self, start: int) -> list[cp_model.IntVar]:
+        """How many units that start in this state take each of its courses."""
+        return [variable for variable, _ in self._taking[start].values()]
+
+    def starts(self) -> list[int]:
+        """The states in which units start."""
+        return list(self._taking)
+
+    def courses(self) -> Iterator[tuple[int, Bundle, cp_model.IntVar, int]]:
+        """Each course: its state, its bundle, how many units take it, and at most how many can."""
+        for start, courses in self._taking.items():
+            for bundle, (variable, most) in courses.items():
+                yield start, bundle, variable, most
+
+
+def every_demand_is_served_or_unplaced(model: cp_model.CpModel, choices: _Choices) -> None:
+    """Each ask is served by a unit on its course, or counts as unplaced."""
+    serving: list[tuple[list[cp_model.IntVar], list[int]]] = [([], []) for _ in choices.network.demands]
+    for _, bundle, units, _most in choices.courses():
+        for d, count in enumerate(bundle):
+            if count:
+                serving[d][0].append(units)
+                serving[d][1].append(count)
+    for d, ((variables, counts), asks) in enumerate(zip(serving, choices.network.asks, strict=True)):
+        served = cp_model.LinearExpr.weighted_sum([*variables, choices.unplaced(d)], [*counts, 1])
+        model.add(served == len(asks))
+
+
+def a_unit_takes_one_course(model: cp_model.CpModel, choices: _Choices) -> None:
+    """No more units set out from a state than start in it."""
+    for start in choices.starts():
+        model.add(cp_model.LinearExpr.sum(choices.taking_a_course(start)) <= len(choices.network.units[start]))
+
+
+RULES = (every_demand_is_served_or_unplaced, a_unit_takes_one_course)
+
+Terms = list[tuple[cp_model.IntVar, int, int]]
+"""An objective: variable, coefficient, range."""
+
+
+def _worth_unplaced(choices: _Choices) -> Terms:
+    network = choices.network
+    return [(choices.unplaced(d), network.worths[d], len(asks)) for d, asks in enumerate(network.asks)]
+
+
+def _tier_price(choices: _Choices, policy: Policy, tier: int) -> Terms:
+    """What the chosen courses cost in one tier of the policy."""
+    weights = dict(policy.tiers[tier])
+    of_offer: dict[Offer, int] = {}
+
+    def price(offer: Offer) -> int:
+        if offer not in of_offer:
+            prices = prices_of((offer.step,))
+            of_offer[offer] = sum(weights.get(name, 0) * milli for name, milli in prices)
+        return of_offer[offer]
+
+    return [
+        (units, sum(price(arc.offer) for arc in _arcs_of(choices.network, start, bundle)), most)
+        for start, bundle, units, most in choices.courses()
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    seed: int
+    workers: int
+    seconds: float | None
+    deterministic: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """How many units take each course (state, bundle, units), and the least that a plan's cost could be."""
+
+    status: Status
+    taken: list[tuple[int, Bundle, int]]
+    bound: int
+
+
+def _minimise(network: _Network, policy: Policy, limits: _Limits) -> _Answer:
+    """Tier by tier: what is proven of one is fixed for the next; the first that is not proven is the last."""
+    model = cp_model.CpModel()
+    choices = _Choices(model, network)
+    for rule in RULES:
+        rule(model, choices)
+    stages = [(UNPLACED, _worth_unplaced(choices))]
+    stages += [(digit, _tier_price(choices, policy, tier)) for tier, digit in enumerate(_digits(policy))]
+    taken: list[tuple[int, Bundle, int]] = []
+    bound, seconds = 0, limits.seconds
+    for factor, terms in stages:
+        coefficients, grain = _scaled(terms)
+        variables = [variable for variable, _, _ in terms]
+        objective = cp_model.LinearExpr.weighted_sum(variables, coefficients)
+        model.minimize(objective)
+        solver = cp_model.CpSolver()
+        solver.parameters.random_seed = limits.seed
+        solver.parameters.num_workers = limits.workers
+        if seconds is not None:
+            solver.parameters.max_time_in_seconds = max(0.0, seconds)
+        if limits.deterministic is not None:
+            solver.parameters.max_deterministic_time = limits.deterministic
+        result = solver.solve(model)
+        if result not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+            assert result == cp_model.UNKNOWN, solver.status_name(result)
+            return _Answer(Status.UNKNOWN, taken, min(bound, 0))
+        taken = [(start, bundle, solver.value(units)) for start, bundle, units, _ in choices.courses()]
+        bound += factor * grain * round(solver.best_objective_bound)
+        if result == cp_model.FEASIBLE:
+            return _Answer(Status.FEASIBLE, taken, bound)
+        model.add(objective <= round(solver.objective_value))
+        seconds = None if seconds is None else seconds - solver.wall_time
+    return _Answer(Status.OPTIMAL, taken, bound)
+
+
+def _digits(policy: Policy) -> list[int]:
+    """What one unit of each tier counts in the policy's total."""
+    factors = policy.factors()
+    return [next((factors[name] // weight for name, weight in tier if weight), 0) for tier in policy.tiers]
+
+
+def _scaled(terms: Terms) -> tuple[list[int], int]:
+    """Coefficients that keep the objective in the safe range, and what one unit of it stands for.
+
+    First by their common divisor, which changes nothing. If that is not enough they are rounded down to a
+    coarser grain: the bound then still holds, and the plan claims to be OPTIMAL only if it meets it.
+    """
+    grain = gcd(*(coefficient for _, coefficient, _ in terms)) or 1
+    total = sum(abs(coefficient) * most for _, coefficient, most in terms)
+    if total // grain > SAFE_RANGE:
+        spare = sum(most for _, _, most in terms)  # rounding down can move each coefficient by one
+        assert spare < SAFE_RANGE // 2, "too many units and arcs for one model"
+        grain = -(-total // (SAFE_RANGE - spare))
+    coefficients = [coefficient // grain for _, coefficient, _ in terms]
+    assert sum(abs(c) * most for c, (_, _, most) in zip(coefficients, terms, strict=True)) <= SAFE_RANGE
+    return coefficients, grain
+
+
+# --- the plan: units walk the chosen arcs ---
+
+
+def _walk(network: _Network, taken: Sequence[tuple[int, Bundle, int]], books: _Books) -> None:
+    """Send units on the courses chosen; each step gives the next ask of its demand real devices."""
+    waiting = [deque(asks) for asks in network.asks]
+    resting = [deque(units) for units in network.units]
+    prices: dict[Offer, Prices] = {}
+    for start, bundle, times in taken:
+        arcs = list(_arcs_of(network, start, bundle)) if times else []
+        for _ in range(times):
+            unit = resting[start].popleft()
+            for arc in arcs:
+                ask = waiting[arc.demand].popleft()
+                devices = _take(unit, arc, ask.demand, books.policy)
+                if arc.offer not in prices:
+                    prices[arc.offer] = prices_of((arc.offer.step,))
+                books.place(ask, Placement(unit.room.node.name, devices, prices[arc.offer]))
+
+
+def _take(unit: _Unit, arc: _Arc, demand: Demand, policy: Policy) -> tuple[Device, ...]:
+    """Real devices for a step: the very slice on a GPU; on a board the GPUs that lead to a state like it."""
+    if unit.gpu is not None:
+        return (Device(unit.gpu.uuid, arc.offer.step.slice),)
+    after = arc.offer.step.after
+    assert unit.whole is not None
+    assert isinstance(after, Whole)
+    step = _step_to(unit.whole, demand.gpus, after.canonical(), policy)
+    devices = []
+    for free, count in zip(unit.free, step.take, strict=True):
+        devices += [Device(gpu.uuid) for gpu in free[:count]]
+        del free[:count]
+    assert isinstance(step.after, Whole)
+    unit.whole = step.after
+    return tuple(sorted(devices))
+
+
+@lru_cache(maxsize=65536)
+def _step_to(state: Whole, gpus: int, after: Whole, policy: Policy) -> Step:
+    """The cheapest step from this very state to one like `after`."""
+    steps = [offer.step for offer in offers(state, gpus, policy)]
+    return next(step for step in steps if isinstance(step.after, Whole) and step.after.canonical() == after)
