@@ -49,7 +49,7 @@ class PodSpec:
 
 
 def pod_object(pod: PodSpec) -> Json:
-    """The v1.Pod as it comes out of kube-scheduler's informer: defaulted, in Go's field order, without managedFields."""
+    """The v1.Pod as kube-scheduler's informer has it: defaulted, in Go's field order, without managedFields."""
     volume = f"kube-api-access-{pod.token}"
     counts = {name: str(count) for name, count in sorted(pod.resources)}
     never = {"operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300}
@@ -225,9 +225,7 @@ class Connections:
 async def _read_response(reader: asyncio.StreamReader) -> tuple[int, bool, bytes]:
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     status = int(head[0].split(" ", 2)[1])
-    headers = {
-        name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])
-    }
+    headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])}
     if "content-length" not in headers:
         raise ValueError("an answer without Content-Length")
     body = await reader.readexactly(int(headers["content-length"]))
@@ -299,9 +297,7 @@ def choose(names: Sequence[str], scores: Mapping[str, int], rng: random.Random) 
     return rng.choice([name for name in tied if name in scores] or tied)
 
 
-async def find_node(
-    extender: Extender, pod: PodSpec, names: Sequence[str], rng: random.Random
-) -> str | Filtered:
+async def find_node(extender: Extender, pod: PodSpec, names: Sequence[str], rng: random.Random) -> str | Filtered:
     """One scheduling cycle up to the chosen node; the filter's answer where none is left."""
     filtered = await extender.filter(pod, names)
     if not filtered.nodes:

@@ -10,8 +10,8 @@ import heapq
 import itertools
 import random
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 
 from app import report
 from app.driver import Queue
@@ -30,7 +30,10 @@ SLICE_ASKS = (("1g.10gb", 8), ("2g.20gb", 6), ("3g.40gb", 5), ("7g.80gb", 2), ("
 """Five MIG profiles of the fleet's boards, and how often each is asked for."""
 
 LOAD = 1.15
-"""Offered load: what arrives in a holding time over what the fleet has. Above one, so that some must wait."""
+"""Offered load: what arrives in a mean stay over what the fleet has. Above one, so that some must wait."""
+
+RUSH_SHARE, RUSH = 0.15, 4.0
+"""In the first part of the time pods come more often, so that the fleet is full soon and placement matters."""
 
 
 # ------------------------------------------------------------------------------------------------- node reports
@@ -148,9 +151,9 @@ class Arrival:
 
 
 def arrivals(reports: Sequence[report.NodeReport], *, pods: int, seconds: float, seed: int) -> list[Arrival]:
-    """Poisson arrivals over `seconds`, exponential stays; MIG and whole GPUs get the same load.
+    """Poisson arrivals over `seconds` after a rush, exponential stays; MIG and whole GPUs get the same load.
 
-    The stay follows from LOAD: in one mean stay as much arrives as `LOAD` times what the fleet has.
+    The stay follows from LOAD: in one mean stay (after the rush) as much arrives as `LOAD` times what the fleet has.
     """
     rng = random.Random(seed)  # noqa: S311  a simulation
     fleet = Fleet(reports)
@@ -161,25 +164,32 @@ def arrivals(reports: Sequence[report.NodeReport], *, pods: int, seconds: float,
     slice_asks = [(name, weight) for name, weight in SLICE_ASKS if name in sizes]
     units_each = _mean([(sizes[name], weight) for name, weight in slice_asks]) if slice_asks else 1.0
     gpu_pods, slice_pods = whole / gpus_each, (units / units_each if slice_asks else 0.0)
-    stay = LOAD * seconds * (gpu_pods + slice_pods) / pods
-    times = sorted(rng.uniform(0, seconds) for _ in range(pods))
+    pods_per_second = pods / seconds / (RUSH_SHARE * RUSH + 1 - RUSH_SHARE)
+    stay = LOAD * (gpu_pods + slice_pods) / pods_per_second
+    times = sorted(_arrival_time(rng.random()) * seconds for _ in range(pods))
     coming = []
     for number, at in enumerate(times):
         sliced = rng.random() * (gpu_pods + slice_pods) >= gpu_pods
-        ask = rng.choices(
-            slice_asks if sliced else GPU_ASKS, [w for _, w in (slice_asks if sliced else GPU_ASKS)]
-        )[0][0]
+        asks: Sequence[tuple[int | str, int]] = slice_asks if sliced else GPU_ASKS
+        ask = rng.choices([ask for ask, _ in asks], [weight for _, weight in asks])[0]
         coming.append(
             Arrival(
                 uid=str(uuid.UUID(int=rng.getrandbits(128), version=4)),
                 name=f"{'infer' if sliced else 'train'}-{number:03d}",
                 at=at,
                 holds=rng.expovariate(1 / stay),
-                gpus=0 if sliced else int(ask),
-                profile=str(ask) if sliced else "",
+                gpus=ask if isinstance(ask, int) else 0,
+                profile=ask if isinstance(ask, str) else "",
             )
         )
     return coming
+
+
+def _arrival_time(chance: float) -> float:
+    """A uniform draw turned into a moment of the run (0 to 1): earlier moments are likelier, RUSH times as likely."""
+    early = RUSH_SHARE * RUSH
+    drawn = chance * (early + 1 - RUSH_SHARE)
+    return drawn / RUSH if drawn < early else RUSH_SHARE + (drawn - early)
 
 
 def _mean(weighted: Sequence[tuple[int, int]]) -> float:
@@ -222,6 +232,11 @@ class Board:
         """Grid units that nobody has."""
         return self.width - sum(piece.size for piece in self.taken)
 
+    def lost_asks(self) -> tuple[int, int]:
+        """Of the slices asked for that this board is made for: how many have no place left, of how many."""
+        asks = [(name, weight) for name, weight in SLICE_ASKS if name in self.profiles]
+        return sum(w for name, w in asks if self.first_start(name) is None), sum(w for _, w in asks)
+
     def take(self, piece: Piece, uid: str) -> None:
         """Note a taken part; refuses what overlaps."""
         others = self._in_the_way(piece.start, piece.size) if self.width else list(self.taken.values())
@@ -235,14 +250,39 @@ class Board:
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """How full a fleet is, and how much of what is free is in pieces too small for the largest ask."""
+    """How full a fleet is, and how much of what is free is in pieces that asks cannot use.
 
-    gpus: int
-    gpus_held: int
-    gpus_stranded: int
-    units: int
-    units_held: int
-    units_stranded: int
+    A free GPU is lost to an ask for n where its node has fewer than n free; a free MIG unit is lost to a profile
+    that has no place left on its board. `lost` is the mean over asks as often as they are made (the measure of
+    FGD, ATC'23), `stranded` is for the largest ask alone (on small nodes: for the whole node).
+    """
+
+    gpus: int = 0
+    gpus_held: int = 0
+    gpus_lost: float = 0.0
+    gpus_stranded: int = 0
+    units: int = 0
+    units_held: int = 0
+    units_lost: float = 0.0
+    units_stranded: int = 0
+
+    def __add__(self, other: Use) -> Use:
+        return Use(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def shares(self) -> dict[str, float]:
+        """Held of all, and lost or stranded of what is free."""
+        return {
+            "gpus_held": _share(self.gpus_held, self.gpus),
+            "gpus_lost": _share(self.gpus_lost, self.gpus - self.gpus_held),
+            "gpus_stranded": _share(self.gpus_stranded, self.gpus - self.gpus_held),
+            "units_held": _share(self.units_held, self.units),
+            "units_lost": _share(self.units_lost, self.units - self.units_held),
+            "units_stranded": _share(self.units_stranded, self.units - self.units_held),
+        }
+
+
+def _share(part: float, of: int) -> float:
+    return part / of if of else 0.0
 
 
 class Fleet:
@@ -252,11 +292,14 @@ class Fleet:
         self.boards: dict[str, Board] = {}
         self.nodes: dict[str, list[Board]] = {}
         self._held: dict[str, list[Piece]] = {}
+        self._uses: dict[str, Use] = {}
+        self._total = Use()
         for said in sorted(reports, key=lambda r: r.node):
             for gpu in sorted(said.gpus, key=lambda g: g.index):
                 board = _board(said.node, gpu)
                 self.boards[board.uuid] = board
                 self.nodes.setdefault(said.node, []).append(board)
+        self._changed = set(self.nodes)
 
     def place(self, uid: str, node: str, devices: Sequence[str], arrival: Arrival) -> None:
         """Book what a pod was given; WrongPlacement when it is not exactly what it asked for, legal and free."""
@@ -267,11 +310,14 @@ class Fleet:
         for piece in pieces:
             self.boards[piece.gpu].take(piece, uid)
         self._held[uid] = pieces
+        self._changed.add(node)
 
     def release(self, uid: str) -> None:
         """The pod is gone."""
         for piece in self._held.pop(uid, ()):
-            del self.boards[piece.gpu].taken[piece]
+            board = self.boards[piece.gpu]
+            del board.taken[piece]
+            self._changed.add(board.node)
 
     def _piece(self, device: str, node: str, arrival: Arrival) -> Piece:
         gpu, _, position = device.partition("/")
@@ -287,19 +333,35 @@ class Fleet:
         return Piece(gpu, int(start), size)
 
     def use(self) -> Use:
-        """Held, and stranded: free GPUs on nodes where 8 are not free together (the whole node, where it is
-        smaller), and free MIG units of boards where the largest profile no longer fits."""
-        whole = [[b for b in boards if not b.width] for boards in self.nodes.values()]
-        free = [sum(1 for b in boards if not b.taken) for boards in whole]
-        cut = [b for b in self.boards.values() if b.width]
-        return Use(
-            gpus=sum(map(len, whole)),
-            gpus_held=sum(map(len, whole)) - sum(free),
-            gpus_stranded=sum(n for n, boards in zip(free, whole, strict=True) if n < min(8, len(boards))),
-            units=sum(b.width for b in cut),
-            units_held=sum(b.width - b.free_units for b in cut),
-            units_stranded=sum(b.free_units for b in cut if b.taken),
-        )
+        """The whole fleet now; only nodes that changed are counted again."""
+        for node in self._changed:
+            self._total = _minus(self._total, self._uses[node]) if node in self._uses else self._total
+            self._uses[node] = _use_of(self.nodes[node])
+            self._total += self._uses[node]
+        self._changed.clear()
+        return self._total
+
+
+def _minus(a: Use, b: Use) -> Use:
+    return Use(*(getattr(a, f.name) - getattr(b, f.name) for f in fields(a)))
+
+
+def _use_of(boards: Sequence[Board]) -> Use:
+    """One node's part of `Fleet.use`."""
+    whole = [board for board in boards if not board.width]
+    cut = [board for board in boards if board.width]
+    free = sum(1 for board in whole if not board.taken)
+    asked = [min(gpus, len(whole)) for gpus, weight in GPU_ASKS for _ in range(weight)]
+    return Use(
+        gpus=len(whole),
+        gpus_held=len(whole) - free,
+        gpus_lost=free * _share(sum(1 for gpus in asked if gpus > free), len(asked)),
+        gpus_stranded=free if free < max(asked) else 0,
+        units=sum(board.width for board in cut),
+        units_held=sum(board.width - board.free_units for board in cut),
+        units_lost=sum(board.free_units * _share(*board.lost_asks()) for board in cut),
+        units_stranded=sum(board.free_units for board in cut if board.taken),
+    )
 
 
 def _board(node: str, gpu: report.Gpu) -> Board:
@@ -334,42 +396,30 @@ def first_fit(fleet: Fleet, arrival: Arrival) -> tuple[str, list[str]] | None:
 
 @dataclass(slots=True)
 class Tally:
-    """What came of a run: pods placed and waiting, and time-weighted means of use since `since`."""
+    """What came of a run: pods placed and left, and means over time since `since` (of use, of pods waiting)."""
 
     since: float
     arrived: int = 0
     placed: int = 0
     left: int = 0
-    waited_seconds: list[float] = field(default_factory=list)
-    last: Use | None = None
+    last: Use = field(default_factory=Use)
+    waiting: int = 0
     _at: float = 0.0
     _sums: dict[str, float] = field(default_factory=dict)
     _seconds: float = 0.0
 
-    def observe(self, use: Use, *, now: float) -> None:
-        """Count the time since the last change with the use that held then."""
+    def observe(self, use: Use, *, waiting: int, now: float) -> None:
+        """Count the time since the last change with what held then."""
         seconds = max(0.0, now - max(self._at, self.since))
-        if self.last is not None and seconds:
+        if seconds:
             self._seconds += seconds
-            for name, value in _shares(self.last).items():
+            for name, value in {**self.last.shares(), "waiting": float(self.waiting)}.items():
                 self._sums[name] = self._sums.get(name, 0.0) + value * seconds
-        self.last, self._at = use, now
+        self.last, self.waiting, self._at = use, waiting, now
 
     def means(self) -> dict[str, float]:
-        """Mean shares over the observed time."""
+        """Means over the observed time."""
         return {name: total / self._seconds for name, total in self._sums.items()} if self._seconds else {}
-
-
-def _shares(use: Use) -> Mapping[str, float]:
-    def share(part: int, of: int) -> float:
-        return part / of if of else 0.0
-
-    return {
-        "gpus_held": share(use.gpus_held, use.gpus),
-        "units_held": share(use.units_held, use.units),
-        "gpus_stranded": share(use.gpus_stranded, use.gpus - use.gpus_held),
-        "units_stranded": share(use.units_stranded, use.units - use.units_held),
-    }
 
 
 def run_first_fit(
@@ -408,9 +458,7 @@ def run_first_fit(
             queue.done(tried)
             held.add(tried)
             tally.placed += 1
-            tally.waited_seconds.append(now - arrival.at)
             heapq.heappush(events, (now + arrival.holds, next(order), tried))
-        tally.observe(fleet.use(), now=now)
-    if tally.last is not None:
-        tally.observe(tally.last, now=seconds)
+        tally.observe(fleet.use(), waiting=len(queue), now=now)
+    tally.observe(fleet.use(), waiting=len(queue), now=seconds)
     return tally, {uid: by_uid[uid].asks for uid in by_uid if uid in queue}

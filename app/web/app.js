@@ -93,6 +93,7 @@ function ago(seconds) {
 }
 
 const compare = new Intl.Collator("en", { numeric: true }).compare;
+const strays = (node) => node.not_in_inventory || [];
 const podName = (pod) => `${pod.namespace}/${pod.name}`;
 const route = (what, id, more) => "#" + new URLSearchParams({ [what]: id, ...more });
 
@@ -160,7 +161,7 @@ function podHaystack(pod) {
 
 /** Everything of a node that is drawn; the age of its report is not, or each card would change every second. */
 function nodeSignature(node) {
-  return JSON.stringify([node.name, node.offered, node.reason, node.product, isSilent(node), node.gpus]);
+  return JSON.stringify([node.name, node.offered, node.reason, node.product, isSilent(node), node.gpus, strays(node)]);
 }
 
 const isSilent = (node) => (node.reported_seconds_ago ?? 0) > SILENT_SECONDS;
@@ -224,7 +225,7 @@ const NODE_COLUMNS = [
 ];
 
 const POD_COLUMNS = [
-  { key: "name", title: "Pod", of: podName, kind: "pod", draw: (p) => [h("small", {}, `${p.namespace}/`),
+  { key: "name", title: "Pod", of: podName, kind: "pod", draw: (p) => [h("small", { class: "ns" }, `${p.namespace}/`),
     h("a", { href: route("pod", p.uid), "data-part": "open", title: podName(p) }, p.name)] },
   { key: "demand", title: "Asks", of: (p) => p.demand, draw: (p) => p.demand, nowrap: true },
   { key: "phase", title: "Phase", of: (p) => String(PHASES.indexOf(p.phase)), draw: (p) => phaseTag(p.phase) },
@@ -314,6 +315,8 @@ function drawPods() {
   const counts = Object.fromEntries(PHASES.map((phase) => [phase, 0]));
   for (const pod of seen.pods) counts[pod.phase] = (counts[pod.phase] || 0) + 1;
   drawPhases(counts);
+  const namespaces = new Set(seen.pods.map((pod) => pod.namespace));
+  document.body.classList.toggle("one-namespace", namespaces.size < 2);
   const found = seen.pods.filter((pod) => (!choice.phase || pod.phase === choice.phase) && matches(pod, podHaystack));
   const shown = sortBy(found, POD_COLUMNS, choice.podSort, podName).slice(0, MAX_ROWS);
   const table = $("pod-table");
@@ -357,8 +360,9 @@ function drawWaiting() {
   $("waiting").hidden = !lines.length;
   keyed($("waiting-list"), lines.slice(0, 12), (g) => g.key, (g) => JSON.stringify(g.pods.map((p) => p.uid)), (g) => {
     const first = g.pods[0];
-    return h("li", {}, h("b", {}, `${g.pods.length} × `), g.demand, ": ", g.reason || "no reason given yet", " ",
-      h("a", { href: route("pod", first.uid), "data-part": "open" }, g.pods.length > 1 ? `${first.name} and ${g.pods.length - 1} more` : first.name));
+    return h("li", {}, h("p", {}, h("b", {}, `${g.pods.length} × `), g.demand, " – ",
+      h("a", { href: route("pod", first.uid), "data-part": "open" }, g.pods.length > 1 ? `${first.name} and ${g.pods.length - 1} more` : first.name)),
+    h("p", { class: "why-not", title: g.reason }, g.reason || "no reason given yet"));
   });
 }
 
@@ -532,6 +536,8 @@ function nodeDetail(name, gpuUuid) {
       facts([["GPUs", shortProduct(node)], ["Free", roomWords(node)], ["Driver", node.driver], ["CUDA", node.cuda],
         ["Reported", h("span", { "data-age": "" })], node.offered ? ["Offered", `yes${node.reason ? ` (${node.reason})` : ""}`] : null]),
       h("section", {}, h("h3", {}, "GPUs and slices"), node.gpus.map((gpu) => board(node, gpu, gpu.uuid === gpuUuid))),
+      strays(node).length ? h("section", {}, h("h3", {}, "Held, but not in its report"), h("ul", {}, strays(node).map((each) => h("li", {},
+        h("span", { class: "mono" }, each.device), " ", podLink(each.pod, each.device))))) : null,
     ],
   };
 }
@@ -549,6 +555,12 @@ function board(node, gpu, here) {
     drawGpu(gpu, true), ruler,
     gpu.reason ? h("p", { class: "why" }, gpu.reason) : null,
     h("ul", {}, rows));
+}
+
+/** A reason over many nodes is a list ("27 nodes: …; 4 nodes: …"); each entry gets a line. */
+function reasonWords(reason) {
+  const parts = reason.split(/; (?=\d+ nodes?: |and \d+ other)/);
+  return parts.length < 2 ? h("p", { class: "words" }, reason) : h("ul", { class: "words" }, parts.map((part) => h("li", {}, part)));
 }
 
 function podDetail(uid) {
@@ -569,7 +581,7 @@ function podDetail(uid) {
         ["Node", pod.node ? h("a", { href: route("node", pod.node), "data-part": "node" }, pod.node) : "none yet"],
         ["UID", h("span", { class: "mono" }, pod.uid)]]),
       h("section", {}, h("h3", {}, pod.phase === "waiting" ? "Why it waits" : "Why here"),
-        h("p", { class: "words" }, (full && full.reason) || pod.reason || "No reason was recorded.")),
+        reasonWords((full && full.reason) || pod.reason || "No reason was recorded.")),
       (pod.devices || []).length ? h("section", {}, h("h3", {}, "Devices"), h("ul", { class: "mono" }, pod.devices.map((d) => h("li", {}, pod.node
         ? h("a", { href: route("node", pod.node, { gpu: d.split("/")[0] }), "data-part": `d${d}` }, d) : d)))) : null,
       prices.length ? h("section", {}, h("h3", {}, "Price by goal, in milli-GPU"), h("table", { class: "list" }, h("tbody", {},
@@ -583,7 +595,7 @@ function podDetail(uid) {
 
 async function ask(path) {
   const answer = await fetch(path, { signal: AbortSignal.timeout(ANSWER_MS), cache: "no-store", headers: { Accept: "application/json" } });
-  if (answer.status === 404) return { missing: (await answer.json().catch(() => ({}))).error || "The service does not know it (released, or never seen)." };
+  if (answer.status === 404) return { missing: (await answer.json().catch(() => ({}))).detail || "The service does not know it (released, or never seen)." };
   if (!answer.ok) throw new Error(`it answered ${answer.status}`);
   return answer.json();
 }

@@ -75,7 +75,7 @@ class Canned:
         for item in self.nodes if kind == "nodes" else self.pods:
             if name == item["name" if kind == "nodes" else "uid"]:
                 return 200, item
-        return 404, {"error": f"no {kind[:-1]} {name}"}
+        return 404, {"detail": f"no {kind[:-1]} {name}"}
 
 
 class Stub:
@@ -100,7 +100,8 @@ def _handler(canned: Canned) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             if self.path in WEB:
                 name, kind = WEB[self.path]
-                return self._send(200, kind, (files("app.web") / name).read_bytes())
+                self._send(200, kind, (files("app.web") / name).read_bytes())
+                return
             status, body = canned.answer(self.path)
             self._send(canned.status if canned.status != 200 else status, "application/json", json.dumps(body).encode())
 
@@ -148,9 +149,7 @@ def node(name: str, gpus: list[Json], *, offered: bool = True, reason: str = "")
     }
 
 
-def pod(
-    uid: str, name: str, phase: str, demand: str, node: str | None, devices: list[str], reason: str = ""
-) -> Json:
+def pod(uid: str, name: str, phase: str, demand: str, node: str | None, devices: list[str], reason: str = "") -> Json:
     """One pod as /v1/pods says it."""
     return {
         "uid": uid,
@@ -206,7 +205,14 @@ def _fill(board: Json, canned: Canned, node_name: str, rng: random.Random, phase
             phase = rng.choice(phases)
             who = _new_pod(canned, phase, f"1 × {profile}", node_name, f"{board['uuid']}/{profile}@{start}")
             board["slices"].append(
-                {"profile": profile, "start": start, "size": size, "phase": phase, "pod": who, "exists": phase == "held"}
+                {
+                    "profile": profile,
+                    "start": start,
+                    "size": size,
+                    "phase": phase,
+                    "pod": who,
+                    "exists": phase == "held",
+                }
             )
         start += size
     board["phase"] = "shared" if board["slices"] else "free"

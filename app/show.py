@@ -1,0 +1,137 @@
+"""What the CLI prints about a service: the page's tables, in the page's words, for a terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+Json = Mapping[str, Any]
+
+PHASE_STYLES = {"waiting": "yellow", "proposed": "dim", "assumed": "cyan", "held": "green", "leaving": "magenta"}
+
+
+def show_cluster(cluster: Json, *, match: str, console: Console) -> None:
+    """Totals in a line, what is wrong, and a row per node."""
+    _state(cluster, console)
+    t = cluster["totals"]
+    console.print(
+        f"{t['nodes_offered']} of {t['nodes']} nodes offered · "
+        f"{t['gpus_held']} of {t['gpus'] - t['mig_gpus']} whole GPUs held · "
+        f"{t['mig_units_held']} of {t['mig_units']} MIG units held ({t['slices_held']} slices) · "
+        f"pods: {t['pods_held']} held, {t['pods_assumed']} assumed, {t['pods_waiting']} waiting"
+    )
+    table = Table()
+    for title in ("Node", "GPUs", "Offered"):
+        table.add_column(title)
+    for title in ("GPUs free", "MIG units free", "Pods"):
+        table.add_column(title, justify="right")
+    for node in cluster["nodes"]:
+        if match.lower() in f"{node['name']} {node['product']}".lower():
+            table.add_row(*_node_row(node))
+    console.print(table)
+
+
+def _state(cluster: Json, console: Console) -> None:
+    if not cluster["ready"]:
+        console.print(f"[yellow]Not ready. Waiting for: {escape(', '.join(cluster['waiting_for']))}.[/]")
+    for warning in cluster["warnings"]:
+        console.print(f"[yellow]Warning:[/] {escape(warning)}")
+
+
+def _node_row(node: Json) -> tuple[Text, ...]:
+    whole = [gpu for gpu in node["gpus"] if not gpu["mig"]]
+    cut = [gpu for gpu in node["gpus"] if gpu["mig"]]
+    units = sum(gpu["width"] for gpu in cut)
+    taken = sum(s["size"] for gpu in cut for s in gpu["slices"] if s["phase"] != "free")
+    free = sum(1 for gpu in whole if gpu["phase"] == "free")
+    return (
+        Text(node["name"], style="bold"),
+        Text(f"{len(node['gpus'])} × {node['product'].removeprefix('NVIDIA ')}"),
+        Text("yes") if node["offered"] else Text(f"no: {node['reason']}", style="red"),
+        Text(f"{free} of {len(whole)}" if whole else "–"),
+        Text(f"{units - taken} of {units}" if cut else "–"),
+        Text(str(len(_pods_on(node["gpus"])))),
+    )
+
+
+def _pods_on(gpus: Iterable[Json]) -> set[str]:
+    parts = [part for gpu in gpus for part in (gpu, *gpu["slices"])]
+    return {part["pod"]["uid"] for part in parts if part["pod"]}
+
+
+def show_pods(pods: Sequence[Json], *, console: Console) -> None:
+    """A row per pod; those that wait come last, with their reasons."""
+    table = Table()
+    for title in ("Pod", "Asks", "Phase", "Node", "Devices"):
+        table.add_column(title)
+    table.add_column("For", justify="right")
+    for pod in pods:
+        if pod["phase"] != "waiting":
+            devices = "\n".join(_short(device) for device in pod["devices"])
+            table.add_row(
+                Text(_name(pod)), Text(pod["demand"]), _phase(pod), Text(pod["node"] or "–"), Text(devices), _since(pod)
+            )
+    if table.row_count:
+        console.print(table)
+    show_waiting(pods, console=console)
+    if not pods:
+        console.print("No pod.")
+
+
+def show_waiting(pods: Sequence[Json], *, console: Console) -> None:
+    """Pods that wait for the same thing for the same reason are one row."""
+    groups = Counter((pod["demand"], pod["reason"]) for pod in pods if pod["phase"] == "waiting")
+    if not groups:
+        return
+    table = Table(title="Waiting, and why", title_justify="left")
+    table.add_column("Pods", justify="right")
+    table.add_column("Asks")
+    table.add_column("Reason")
+    for (demand, reason), count in groups.most_common():
+        table.add_row(str(count), Text(demand), Text(reason))
+    console.print(table)
+
+
+def show_pod(pod: Json, *, console: Console) -> None:
+    """One pod: where, since when, at what price and why."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("Pod", Text(_name(pod), style="bold"))
+    table.add_row("UID", Text(pod["uid"]))
+    table.add_row("Phase", _phase(pod))
+    table.add_row("For", _since(pod))
+    table.add_row("Asks", Text(pod["demand"]))
+    table.add_row("Node", Text(pod["node"] or "none yet"))
+    for number, device in enumerate(pod["devices"]):
+        table.add_row("" if number else "Devices", Text(device))
+    title = "Why it waits" if pod["phase"] == "waiting" else "Why here"
+    table.add_row(title, Text(pod["reason"] or "No reason was recorded."))
+    for number, (goal, price) in enumerate(pod.get("prices", {}).items()):
+        table.add_row("" if number else "Price", Text(f"{goal.replace('_', ' ')}: {price} milli-GPU"))
+    console.print(table)
+
+
+def _name(pod: Json) -> str:
+    return f"{pod['namespace']}/{pod['name']}"
+
+
+def _phase(pod: Json) -> Text:
+    return Text(pod["phase"], style=PHASE_STYLES.get(pod["phase"], ""))
+
+
+def _since(pod: Json) -> Text:
+    seconds = pod["since_seconds"]
+    if seconds is None:
+        return Text("–")
+    return Text(f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min")
+
+
+def _short(device: str) -> str:
+    """A GPU's UUID to its first group: enough to tell two apart on a node."""
+    gpu, slash, piece = device.partition("/")
+    return f"{gpu[:12]}…{slash}{piece}"
