@@ -1,0 +1,50 @@
+"""`python -m app.agent`: the agent without the rest of the command line (which loads the whole service)."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from app.agent.agent import INTERVAL_SECONDS, run_agent
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse and run; the exit status."""
+    parser = argparse.ArgumentParser(prog="tangram agent", description="Reports this node's GPUs to Tangram.")
+    parser.add_argument("--service", metavar="URL", help="where reports go, for example https://tangram.tangram:8443")
+    parser.add_argument("--node", default=os.environ.get("NODE_NAME"), help="this node's name (or NODE_NAME)")
+    parser.add_argument("--interval", type=float, default=INTERVAL_SECONDS, metavar="SECONDS", help="between looks")
+    parser.add_argument("--token-file", type=Path, help="bearer token; read again for each report")
+    parser.add_argument("--ca-file", type=Path, help="certificate authority of the service")
+    parser.add_argument("--once", action="store_true", help="print the report as JSON and exit")
+    parser.add_argument("--proc", type=Path, default=Path("/proc"), help="where the host's /proc is seen")
+    parser.add_argument("--sys", type=Path, default=Path("/sys"), help="where the host's /sys is seen")
+    parser.add_argument("--in-process-nvml", action="store_true", help="no child process around NVML, so no deadline")
+    options = parser.parse_args(argv)
+    if not options.node:
+        parser.error("name the node: --node or NODE_NAME")
+    if not options.once and not options.service:
+        parser.error("name the service: --service URL (or use --once)")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        run_agent(
+            service=options.service,
+            node=options.node,
+            interval_seconds=options.interval,
+            token_file=options.token_file,
+            ca_file=options.ca_file,
+            once=options.once,
+            nvml_in_process=options.in_process_nvml,
+            proc=options.proc,
+            sys=options.sys,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

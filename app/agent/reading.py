@@ -1,0 +1,71 @@
+"""What one look at NVML found: the value that the process beside the driver hands to the agent.
+
+A reading is not yet a report: a GPU that could not be read has only its index and a reason here; what it was
+before is the agent's to remember (`remember`). No NVML and no clock.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from app.report import Gpu, Link
+
+GONE = "no longer listed by the driver"
+
+
+class Unreadable(BaseModel):
+    """A GPU that the driver lists but that cannot be read: fallen off the bus, or not to be attached."""
+
+    model_config = ConfigDict(frozen=True)
+
+    index: int
+    reason: str
+
+
+class Reading(BaseModel):
+    """Everything NVML said in one look. Where `error` is set NVML as a whole did not answer; the rest is empty."""
+
+    model_config = ConfigDict(frozen=True)
+
+    driver: str = ""
+    cuda: str = ""
+    nvml: str = ""
+    sees_pods: bool = False
+    error: str = ""
+    gpus: tuple[Gpu, ...] = ()
+    unreadable: tuple[Unreadable, ...] = ()
+    links: tuple[Link, ...] = ()
+
+
+def remember(known: tuple[Gpu, ...], reading: Reading) -> tuple[Gpu, ...]:
+    """The node's GPUs: those just read, and those that cannot be read any more as they were last known.
+
+    A GPU does not leave a running node, so one that is gone is broken, and it stays in the report to say so.
+    What cannot be read is "bad" whatever the reason, and its pods stay as last seen: nothing should be placed on it
+    and nothing be thought free. One that was never read since the agent started has no identity but its index.
+    """
+    gpus = list(reading.gpus)
+    seen = {gpu.uuid for gpu in gpus}
+    missing = {gpu.index: gpu for gpu in known if gpu.uuid not in seen}
+    for unreadable in reading.unreadable:
+        last = missing.pop(unreadable.index, None) or Gpu(
+            uuid=f"unknown-{unreadable.index}", index=unreadable.index, product="unknown", memory_mib=0
+        )
+        gpus.append(last.model_copy(update={"health": "bad", "health_reason": unreadable.reason[:500]}))
+    for last in missing.values():
+        if not last.uuid.startswith("unknown-"):
+            gpus.append(last.model_copy(update={"health": "bad", "health_reason": GONE}))
+    return _with_unique_indices(gpus)
+
+
+def _with_unique_indices(gpus: list[Gpu]) -> tuple[Gpu, ...]:
+    """The driver closes the gap that a vanished GPU leaves, so its old index may be another's: it moves to the end."""
+    taken: set[int] = set()
+    placed = []
+    for gpu in gpus:
+        index = gpu.index
+        while index in taken:
+            index = max(taken) + 1
+        taken.add(index)
+        placed.append(gpu if index == gpu.index else gpu.model_copy(update={"index": index}))
+    return tuple(sorted(placed, key=lambda gpu: gpu.index))
