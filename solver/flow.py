@@ -131,6 +131,7 @@ class _Books:
         self._nodes = {node.name: node for node in problem.snapshot.nodes}
         self._order = {node.name: i for i, node in enumerate(problem.snapshot.nodes)}
         self._ranking: Ranking | None = None
+        self._changed: set[str] = set()
         self._units = _slice_worth(problem)
 
     def worth(self, demand: Demand) -> int:
@@ -148,13 +149,16 @@ class _Books:
     def place(self, ask: Ask, placement: Placement) -> None:
         self.placed[ask.id] = placement
         self.added.setdefault(placement.node, []).extend(placement.devices)
+        self._changed.add(placement.node)
 
     def place_alone(self, ask: Ask) -> None:
         """The one-pod path: the cheapest node now, if any; of equals the first."""
         if self._ranking is None:
             self._ranking = Ranking(self.policy)
-            for node in self.problem.snapshot.nodes:
-                self._ranking.put(node, self.taken(node.name))
+            self._changed = set(self._nodes)
+        for name in sorted(self._changed):
+            self._ranking.put(self._nodes[name], self.taken(name))
+        self._changed.clear()
         prices = self._ranking.prices(ask.demand)
         if not prices:
             return
@@ -162,7 +166,6 @@ class _Books:
         placement = self._ranking.best(ask.demand, name)
         assert placement is not None
         self.place(ask, placement)
-        self._ranking.put(self._nodes[name], self.taken(name))
 
     def cost(self) -> int:
         """What the plan costs: the unplaced, then the prices."""

@@ -1,0 +1,94 @@
+"""The same questions answered the long way: every placement tried, every price a plain count. No solver code."""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import combinations
+
+from solver.cluster import Device, Node, Snapshot
+from solver.demand import Demand, Problem
+from solver.flow import UNPLACED, worth
+from solver.geometry import Slice, faults
+from solver.goals import DEFAULT_POLICY, Policy, plain_prices
+from solver.plan import Placement
+
+
+def placements(node: Node, taken: Sequence[Device], demand: Demand) -> Iterator[tuple[Device, ...]]:
+    """Every legal set of devices for the demand on the node."""
+    touched = {device.gpu for device in taken}
+    free = [gpu.uuid for gpu in node.gpus if gpu.geometry is None and not gpu.withheld and gpu.uuid not in touched]
+    wanted = [profile for profile, count in demand.slices for _ in range(count)]
+    for gpus in combinations(free, demand.gpus):
+        for cut in set(_slices(node, frozenset(taken), wanted)):
+            yield tuple(sorted([*map(Device, gpus), *cut]))
+
+
+def _slices(node: Node, taken: frozenset[Device], wanted: Sequence[str]) -> Iterator[frozenset[Device]]:
+    if not wanted:
+        yield frozenset()
+        return
+    for gpu in node.gpus:
+        if gpu.geometry is None or gpu.withheld or Device(gpu.uuid) in taken:
+            continue
+        standing = set(gpu.instances) | {d.slice for d in taken if d.gpu == gpu.uuid and d.slice is not None}
+        if faults(gpu.geometry, standing):
+            continue
+        for profile in gpu.geometry.profiles:
+            for start in profile.starts if profile.name == wanted[0] else ():
+                device = Device(gpu.uuid, Slice(profile.name, start))
+                if device not in taken and not faults(gpu.geometry, standing | {Slice(profile.name, start)}):
+                    for rest in _slices(node, taken | {device}, wanted[1:]):
+                        yield rest | {device}
+
+
+def total(node: Node, taken: Sequence[Device], devices: tuple[Device, ...], policy: Policy) -> int:
+    """What these devices cost, by the plain counts."""
+    snapshot = Snapshot((node,), {node.name: tuple(taken)})
+    return policy.total(plain_prices(snapshot, Placement(node.name, devices)))
+
+
+def cheapest(node: Node, taken: Sequence[Device], demand: Demand, policy: Policy = DEFAULT_POLICY) -> int | None:
+    """The least any placement of the demand on the node costs."""
+    return min((total(node, taken, devices, policy) for devices in placements(node, taken, demand)), default=None)
+
+
+def least_cost(problem: Problem, policy: Policy = DEFAULT_POLICY) -> int:
+    """The least any plan costs: every ask on every node in every way, or unplaced."""
+    units: dict[str, int] = {}
+    for node in problem.snapshot.nodes:
+        for gpu in node.gpus:
+            for profile in gpu.geometry.profiles if gpu.geometry else ():
+                assert gpu.geometry is not None
+                share = round(1000 * profile.size / gpu.geometry.width)
+                units[profile.name] = min(share, units.get(profile.name, share))
+
+    @cache
+    def on(node: Node, taken: frozenset[Device], demands: tuple[Demand, ...]) -> int | None:
+        """The least that all of these demands cost on one node."""
+        if not demands:
+            return 0
+        best: int | None = None
+        for devices in placements(node, tuple(taken), demands[0]):
+            rest = on(node, taken | set(devices), demands[1:])
+            if rest is not None:
+                price = rest + total(node, tuple(taken), devices, policy)
+                best = price if best is None else min(best, price)
+        return best
+
+    def spread(nodes: Sequence[Node], demands: tuple[Demand, ...]) -> int:
+        """The least cost of these demands on these nodes, the rest unplaced."""
+        if not nodes:
+            return sum(UNPLACED * worth(demand, units) for demand in demands)
+        best = None
+        taken = frozenset(problem.snapshot.taken.get(nodes[0].name, ()))
+        for count in range(len(demands) + 1):
+            for here in combinations(range(len(demands)), count):
+                price = on(nodes[0], taken, tuple(sorted(demands[i] for i in here)))
+                if price is None:
+                    continue
+                rest = tuple(demand for i, demand in enumerate(demands) if i not in here)
+                cost = price + spread(nodes[1:], rest)
+                best = cost if best is None else min(best, cost)
+        assert best is not None
+        return best
+
+    return spread(problem.snapshot.nodes, tuple(ask.demand for ask in problem.asks))

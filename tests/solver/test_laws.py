@@ -1,0 +1,178 @@
+"""What must hold in every small world, tried by Hypothesis against brute force."""
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from solver.cluster import Device, Node, Snapshot
+from solver.demand import Ask, Problem
+from solver.fits import refusal
+from solver.flow import solve
+from solver.goals import DEFAULT_POLICY, Policy, plain_prices, value
+from solver.plan import Status
+from solver.rank import Ranking, price, quote
+from solver.steps import read
+from solver.verify import legal_step_exists, verify
+from tests import strategies
+from tests.solver import brute
+
+TIERED = Policy("links first", ((("links", 1), ("numa", 2)), (("value", 3), ("repartition", 1))))
+LAW = settings(max_examples=100, deadline=None)
+
+
+@st.composite
+def node_and_demand(draw: st.DrawFn, real: bool) -> tuple[Node, tuple[Device, ...], object]:
+    node = draw(strategies.nodes(real=real))
+    return node, draw(strategies.taken_on(node)), draw(strategies.demands(node))
+
+
+@st.composite
+def problems(draw: st.DrawFn, real: bool) -> Problem:
+    """Two small nodes and up to four one-step asks."""
+    nodes = tuple(draw(strategies.nodes(name=name, largest=3, real=real)) for name in ("a", "b"))
+    taken = {node.name: draw(strategies.taken_on(node)) for node in nodes}
+    demands = draw(st.lists(strategies.simple_demands(*nodes), max_size=4))
+    return Problem(Snapshot(nodes, taken), tuple(Ask(f"ask-{i}", d) for i, d in enumerate(demands)))
+
+
+@given(st.booleans().flatmap(node_and_demand), st.sampled_from((DEFAULT_POLICY, TIERED)))
+@LAW
+def test_no_legal_placement_on_a_node_is_cheaper_than_the_one_quoted(world, policy):
+    """The one-pod answer is the optimum of its node, for whole GPUs, slices, and both together."""
+    node, taken, demand = world
+    found = quote(node, taken, demand, policy)
+    least = brute.cheapest(node, taken, demand, policy)
+
+    assert price(node, taken, demand, policy) == least
+    if found is None:
+        assert least is None
+    else:
+        snapshot = Snapshot((node,), {node.name: taken})
+        assert policy.total(found.prices) == least
+        assert found.devices in set(brute.placements(node, taken, demand))
+        assert found.prices == plain_prices(snapshot, found)
+
+
+@given(st.booleans().flatmap(node_and_demand))
+@LAW
+def test_a_refusal_is_given_exactly_where_nothing_is_legal(world):
+    """Four ways to ask whether it fits agree, one of them knowing neither steps nor prices."""
+    node, taken, demand = world
+    fits = quote(node, taken, demand) is not None
+
+    assert fits == (refusal(node, taken, demand) is None)
+    assert fits == legal_step_exists(Snapshot((node,), {node.name: taken}), demand)
+    refused = refusal(node, taken, demand)
+    if refused is not None:
+        assert refused.reason
+        assert refused.resolvable == (quote(node, (), demand) is not None)
+
+
+@given(st.booleans().flatmap(problems), st.sampled_from((DEFAULT_POLICY, TIERED)))
+@LAW
+def test_the_joint_plan_is_the_best_of_all_plans(problem, policy):
+    """Flow and brute force agree on cost; the plan is legal and its prices are the plain counts."""
+    plan = solve(problem, policy)
+
+    assert verify(problem, plan) == []
+    assert plan.status is Status.OPTIMAL
+    assert plan.cost == brute.least_cost(problem, policy)
+
+
+@given(st.booleans().flatmap(problems), st.data())
+@LAW
+def test_a_plan_with_coupled_asks_is_legal_and_leaves_nothing_that_fits(problem, data):
+    """Asks of several parts go first, one by one; then nothing that stays unplaced may have a legal step."""
+    coupled = data.draw(st.lists(strategies.demands(*problem.snapshot.nodes), max_size=2))
+    asks = (*problem.asks, *(Ask(f"coupled-{i}", demand) for i, demand in enumerate(coupled)))
+    problem = replace(problem, asks=asks)
+    plan = solve(problem)
+    taken = {name: list(devices) for name, devices in problem.snapshot.taken.items()}
+    for placement in plan.placements.values():
+        taken[placement.node].extend(placement.devices)
+    after = Snapshot(problem.snapshot.nodes, {name: tuple(devices) for name, devices in taken.items()})
+
+    assert verify(problem, plan) == []
+    assert not any(legal_step_exists(after, ask.demand) for ask in asks if ask.id in plan.unplaced)
+
+
+@given(problems(real=True))
+@LAW
+def test_a_plan_made_under_no_time_is_legal_and_leaves_nothing_that_fits(problem):
+    """Out of time, the one-pod path fills what the model left."""
+    plan = solve(problem, deterministic_limit=0.0)
+
+    assert verify(problem, plan) == []
+    assert plan.bound <= plan.cost
+
+
+@given(problems(real=True))
+@LAW
+def test_names_and_order_of_nodes_change_no_cost(problem):
+    """Equal nodes are equal, whatever they are called and wherever they stand."""
+    renamed = {node.name: f"z{node.name}" for node in problem.snapshot.nodes}
+    nodes = tuple(replace(node, name=renamed[node.name]) for node in reversed(problem.snapshot.nodes))
+    taken = {renamed[name]: devices for name, devices in problem.snapshot.taken.items()}
+
+    assert solve(replace(problem, snapshot=Snapshot(nodes, taken))).cost == solve(problem).cost
+
+
+@given(st.booleans().flatmap(node_and_demand), st.randoms(use_true_random=False))
+@LAW
+def test_the_order_of_gpus_changes_no_price(world, random):
+    """A board is its links, not its numbering."""
+    node, taken, demand = world
+    order = list(range(len(node.gpus)))
+    random.shuffle(order)
+    gpus = tuple(replace(node.gpus[old], index=new) for new, old in enumerate(order))
+    links = tuple(tuple(node.links[a][b] for b in order) for a in order)
+
+    assert price(replace(node, gpus=gpus, links=links), taken, demand) == price(node, taken, demand)
+
+
+@given(st.booleans().flatmap(node_and_demand))
+@LAW
+def test_a_pod_that_is_removed_and_placed_again_costs_the_same(world):
+    """A state has no memory: values depend on what is free only."""
+    node, taken, demand = world
+    first = quote(node, taken, demand)
+    if first is None:
+        return
+    before = read(node, taken)
+    after = read(node, (*taken, *first.devices))
+    given_up = value(before.whole) - value(after.whole)
+    given_up += sum(value(cut) for _, cut in before.cuts) - sum(value(cut) for _, cut in after.cuts)
+
+    assert dict(first.prices)["value"] == given_up
+    assert quote(node, taken, demand) == first
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_the_tables_are_what_a_fresh_look_would_give_after_any_changes(data):
+    """Puts and removals in any order; each changes its own node's entries only."""
+    ranking = Ranking()
+    world: dict[str, tuple[Node, tuple[Device, ...]]] = {}
+    known = []
+    for _ in range(data.draw(st.integers(1, 8))):
+        name = data.draw(st.sampled_from("abc"))
+        before = ranking.quoted
+        if data.draw(st.integers(0, 3)) == 0:
+            world.pop(name, None)
+            ranking.remove(name)
+            assert ranking.quoted == before
+        else:
+            node = data.draw(strategies.nodes(name=name))
+            world[name] = (node, data.draw(strategies.taken_on(node)))
+            ranking.put(*world[name])
+            assert ranking.quoted - before <= len(known)
+        demand = data.draw(strategies.demands(*(node for node, _ in world.values())))
+        ranking.prices(demand)
+        known = sorted({*known, demand})
+        for demand in known:
+            fresh = {name: price(node, taken, demand) for name, (node, taken) in world.items()}
+            assert ranking.prices(demand) == {name: cost for name, cost in fresh.items() if cost is not None}
+            for name, cost in fresh.items():
+                assert (ranking.best(demand, name) is None) == (cost is None)
+                assert (ranking.refusal(demand, name) is None) == (cost is not None)
