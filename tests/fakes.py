@@ -44,7 +44,7 @@ class FakeKube:
         self.before: dict[str, Callable[[], None]] = {}
         self.after: dict[str, Callable[[], None]] = {}
         self.hold: dict[str, asyncio.Event] = {}
-        self._news = asyncio.Condition()
+        self._news = asyncio.Event()
 
     # -- what tests do to it --------------------------------------------------------------------------
 
@@ -94,18 +94,18 @@ class FakeKube:
         if position < self.oldest:
             raise Gone(f"watch {resource}: too old resource version")
         while True:
+            if self.before.get("watch"):
+                self.before["watch"]()
+            news = self._news
             for version, kind, of, value in [entry for entry in self.history if entry[0] > position]:
                 position = version
                 if of == resource:
                     yield Event(kind, copy.deepcopy(value))
-            async with self._news:
-                if self.version == position or not [e for e in self.history if e[0] > position]:
-                    try:
-                        await asyncio.wait_for(self._news.wait(), seconds)
-                    except TimeoutError:
-                        return
-            if self.before.get("watch"):
-                self.before["watch"]()
+            try:
+                async with asyncio.timeout(seconds):
+                    await news.wait()
+            except TimeoutError:
+                return
 
     async def get_pod(self, namespace: str, name: str) -> Json:
         async with self._around("get_pod"):
@@ -202,13 +202,8 @@ class FakeKube:
 
     def _tell(self, kind: str, resource: str, value: Json) -> None:
         self.history.append((self.version, kind, resource, copy.deepcopy(value)))
-
-    async def settle(self, turns: int = 20) -> None:
-        """Let watchers see what has happened."""
-        for _ in range(turns):
-            async with self._news:
-                self._news.notify_all()
-            await asyncio.sleep(0)
+        self._news.set()
+        self._news = asyncio.Event()
 
 
 class _Around:
@@ -225,15 +220,14 @@ class _Around:
             kube.before[verb]()
         if verb in kube.hold:
             try:
-                await asyncio.wait_for(kube.hold[verb].wait(), self._timeout)
+                async with asyncio.timeout(self._timeout):
+                    await kube.hold[verb].wait()
             except TimeoutError:
                 raise Unknown(f"{verb} timed out") from None
 
     async def __aexit__(self, kind: Any, *_: object) -> None:
         if kind is None and self._verb in self._kube.after:
             self._kube.after[self._verb]()
-        async with self._kube._news:
-            self._kube._news.notify_all()
 
 
 def _annotate(value: Json, annotations: Mapping[str, str | None]) -> None:

@@ -1,0 +1,565 @@
+"""The story of one pod: filter, prioritize, preempt and bind, with the API server failing in every way."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from app.errors import Conflict, Refused, Unknown
+from app.ledger import Phase
+from app.translate import PLACEMENT_ANNOTATION, WAKE_ANNOTATION, Written, read_placement, write_placement
+from app.wire import PreemptArgs, Victims
+from solver import Device
+from tests.app.world import GPU, World
+
+MIG = "nvidia.com/mig-3g.40gb"
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    async with World({"h1": "8xH100", "h2": "8xH100", "m1": "8xA100-mig"}).running() as running:
+        yield running
+
+
+def phase(world: World, name: str) -> Phase | None:
+    hold = world.service.ledger.get(f"uid-{name}")
+    return hold.phase if hold else None
+
+
+# -- filter and prioritize ----------------------------------------------------------------------------
+
+
+async def test_case_17_all_feasible_nodes_are_returned_and_prioritize_carries_our_wish(world):
+    """HAMi #124, #2264, #3062: answering with one node ignored the pod's own preferences."""
+    world.add_pod("p", {GPU: "1"})
+
+    assert world.filter("p").fitting == ["h1", "h2"]
+    scores = world.prioritize("p", ["h1", "h2"])
+    assert set(scores) == {"h1", "h2"}
+    assert max(scores.values()) % 1000 == 1
+
+
+async def test_names_in_any_order_are_answered_in_that_order(world):
+    world.add_pod("p", {GPU: "1"})
+    assert world.filter("p", ["h2", "m1", "nobody", "h1"]).fitting == ["h2", "h1"]
+
+
+async def test_every_node_that_is_left_out_has_a_reason(world):
+    world.add_pod("p", {GPU: "9"})
+    result = world.filter("p", ["h1", "m1", "nobody"])
+
+    assert {*result.failed, *result.unresolvable} == {"h1", "m1", "nobody"}
+    assert "9" in result.unresolvable["h1"]
+    assert "no agent" in result.unresolvable["nobody"]
+
+
+async def test_a_pod_that_asks_nothing_of_us_passes_untouched(world):
+    world.add_pod("p")
+    assert world.filter("p", ["h1", "nobody"]).fitting == ["h1", "nobody"]
+    assert world.prioritize("p") == {}
+
+
+async def test_a_malformed_ask_is_refused_in_words_on_every_node(world):
+    world.add_pod("p", {GPU: "one"})
+    result = world.filter("p")
+
+    assert not result.fitting
+    assert set(result.unresolvable) == set(world.nodes)
+    assert "one" in result.unresolvable["h1"]
+
+
+async def test_filter_proposes_only_when_it_returns_one_node(world):
+    world.add_pod("p", {GPU: "1"})
+    world.add_pod("q", {GPU: "1"})
+
+    world.filter("p")
+    assert phase(world, "p") is None
+    world.filter("q", ["h1", "m1"])
+    assert phase(world, "q") is Phase.PROPOSED
+
+
+async def test_a_proposal_makes_others_look_elsewhere_first_but_never_refuses_them(world):
+    world.add_pod("p", {GPU: "8"})
+    world.add_pod("q", {GPU: "8"})
+    world.prioritize("p", ["h1", "h2"])
+
+    assert world.filter("q").fitting == ["h1", "h2"]
+    scores = world.prioritize("q", ["h1", "h2"])
+    assert scores["h2"] > scores["h1"] > 0
+
+    world.add_pod("r", {GPU: "8"})
+    assert world.filter("r").fitting == ["h1", "h2"]
+
+
+async def test_equal_prices_get_equal_ranks_so_that_the_pods_own_preferences_decide(world):
+    world.add_pod("p", {GPU: "1"})
+    first, second = sorted(world.prioritize("p", ["h1", "h2"]).values())
+    assert second - first == 1
+
+
+async def test_a_partly_used_node_is_preferred_to_an_empty_one(world):
+    world.add_pod("p", {GPU: "1"})
+    world.add_pod("q", {GPU: "1"})
+    node = await world.schedule("p")
+
+    scores = world.prioritize("q", ["h1", "h2"])
+
+    assert max(scores, key=lambda each: scores[each]) == node
+
+
+async def test_not_ready_is_an_error_not_a_refusal():
+    """A refusal would let kube-scheduler preempt; an error is tried again."""
+    world = World({"h1": "8xH100"})
+    world.add_pod("p", {GPU: "1"})
+
+    assert "not ready" in world.filter("p").error
+    assert "not ready" in await world.bind("p", "h1")
+
+
+# -- bind ---------------------------------------------------------------------------------------------
+
+
+async def test_bind_writes_the_placement_before_the_binding(world):
+    world.add_pod("p", {GPU: "2"})
+    node = await world.schedule("p")
+
+    assert world.kube.calls.index("annotate_pod") < world.kube.calls.index("bind")
+    written = read_placement(world.kube.annotations("p")[PLACEMENT_ANNOTATION])
+    assert isinstance(written, Written)
+    assert (written.uid, written.node, len(written.devices)) == ("uid-p", node, 2)
+    assert world.kube.pod("p")["spec"]["nodeName"] == node
+    assert phase(world, "p") is Phase.HELD
+
+
+async def test_bind_decides_again_on_the_node_that_it_is_given(world):
+    world.add_pod("p", {GPU: "1"})
+    world.prioritize("p", ["h1", "h2"])
+    other = next(name for name in ("h1", "h2") if name != world.service.ledger.get("uid-p").node)
+
+    assert await world.bind("p", other) == ""
+    assert world.service.ledger.get("uid-p").node == other
+
+
+async def test_a_full_node_refuses_the_bind_in_words_and_nothing_is_lost(world):
+    world.add_pod("p", {GPU: "8"})
+    world.add_pod("q", {GPU: "8"})
+    assert await world.bind("p", "h1") == ""
+
+    assert "h1" in await world.bind("q", "h1")
+    assert phase(world, "q") is None
+    assert PLACEMENT_ANNOTATION not in world.kube.annotations("q")
+    assert await world.bind("q", "h2") == ""
+
+
+async def test_case_15_a_bind_needs_a_pod_that_exists_with_that_uid(world):
+    """HAMi #3030: anyone could call /bind. (That callers must show a certificate is tested in e2e.)"""
+    world.add_pod("p", {GPU: "1"})
+
+    assert "UID" in await world.bind("p", "h1", uid="uid-forged")
+    assert "not found" in await world.bind("nobody", "h1")
+    assert len(world.service.ledger) == 0
+
+
+async def test_a_repeated_bind_joins_the_one_in_flight(world):
+    world.add_pod("p", {GPU: "1"})
+    world.kube.hold["bind"] = asyncio.Event()
+    first = asyncio.create_task(world.bind("p", "h1"))
+    await world.until(lambda: "bind" in world.kube.calls)
+    second = asyncio.create_task(world.bind("p", "h1"))
+    elsewhere = await world.bind("p", "h2")
+    world.kube.hold.pop("bind").set()
+
+    assert (await first, await second) == ("", "")
+    assert "being bound to h1" in elsewhere
+    assert world.kube.calls.count("bind") == 1
+
+
+async def test_case_06_many_pods_of_one_node_are_in_flight_at_once(world):
+    """HAMi #1130, #1655: an annotation lock let one pod per node through, and could be left behind."""
+    for number in range(8):
+        world.add_pod(f"p{number}", {GPU: "1"})
+    world.kube.hold["bind"] = asyncio.Event()
+    binds = [asyncio.create_task(world.bind(f"p{number}", "h1")) for number in range(8)]
+    await world.until(lambda: world.kube.calls.count("bind") == 8)
+    world.kube.hold.pop("bind").set()
+
+    assert await asyncio.gather(*binds) == [""] * 8
+    assert len({device for number in range(8) for device in world.devices(f"p{number}")}) == 8
+
+
+async def test_case_01_concurrent_filters_and_binds_never_give_one_card_twice(world):
+    """HAMi #1330, #1896: two concurrent filters gave one GPU twice."""
+    for number in range(30):
+        world.add_pod(f"p{number}", {GPU: str(1 + number % 3)})
+    for number in range(30):
+        world.filter(f"p{number}")
+        world.prioritize(f"p{number}", ["h1", "h2"])
+    errors = await asyncio.gather(*(world.bind(f"p{number}", f"h{1 + number % 2}") for number in range(30)))
+
+    bound = [number for number, error in enumerate(errors) if not error]
+    given = [device for number in bound for device in world.devices(f"p{number}")]
+    assert len(given) == len(set(given)) == 16
+
+
+async def test_a_refused_patch_undoes_the_assumption(world):
+    world.add_pod("p", {GPU: "1"})
+
+    def refuse() -> None:
+        raise Refused("403 forbidden")
+
+    world.kube.before["annotate_pod"] = refuse
+    assert "forbidden" in await world.bind("p", "h1")
+    assert phase(world, "p") is None
+
+
+async def test_a_refused_binding_undoes_the_assumption_and_removes_the_annotation(world):
+    world.add_pod("p", {GPU: "1"})
+
+    def refuse() -> None:
+        raise Refused("422 no such node")
+
+    world.kube.before["bind"] = refuse
+    assert "no such node" in await world.bind("p", "h1")
+
+    assert phase(world, "p") is None
+    assert PLACEMENT_ANNOTATION not in world.kube.annotations("p")
+
+
+async def test_case_04_a_node_that_refused_a_bind_is_read_again_before_it_is_offered(world):
+    """KAI #848: a full node was chosen again and again for hours."""
+    world.add_pod("p", {GPU: "1"})
+    world.add_pod("stranger", {GPU: "8"})
+    world.kube.hold["get_node"] = asyncio.Event()
+
+    def refuse() -> None:
+        world.kube.before.pop("bind")
+        raise Refused("422 refused for a reason of its own")
+
+    world.kube.before["bind"] = refuse
+    await world.bind("p", "h1")
+    kept_back = world.filter("p")
+    assert kept_back.fitting == ["h2"]
+    assert "refused" in kept_back.unresolvable["h1"]
+
+    world.kube.change_pod("stranger", lambda pod: pod["spec"].update(nodeName="h1"))
+    world.kube.hold.pop("get_node").set()
+    await world.until(lambda: not world.service.offers.fault("h1") and phase(world, "stranger"))
+    assert "may be in use by default/stranger" in str(world.filter("p").unresolvable["h1"])
+
+
+async def test_an_unknown_outcome_keeps_the_devices_until_a_read_tells_that_it_was_bound(world):
+    world.add_pod("p", {GPU: "1"})
+
+    def lose_the_answer() -> None:
+        world.kube.after.pop("bind")
+        raise Unknown("connection reset")
+
+    world.kube.after["bind"] = lose_the_answer
+    world.kube.hold["get_pod"] = asyncio.Event()
+    assert "not known" in await world.bind("p", "h1")
+    assert phase(world, "p") in (Phase.ASSUMED, Phase.HELD)
+
+    world.kube.hold.pop("get_pod").set()
+    await world.until(lambda: phase(world, "p") is Phase.HELD)
+
+
+async def test_an_unknown_outcome_that_was_not_made_frees_by_removing_the_annotation_first(world):
+    world.add_pod("p", {GPU: "1"})
+
+    def never_arrive() -> None:
+        world.kube.before.pop("bind")
+        raise Unknown("timeout")
+
+    world.kube.before["bind"] = never_arrive
+    await world.bind("p", "h1")
+    assert phase(world, "p") is Phase.ASSUMED
+
+    await world.until(lambda: phase(world, "p") is None)
+    assert PLACEMENT_ANNOTATION not in world.kube.annotations("p")
+
+
+async def test_a_binding_that_arrives_late_conflicts_once_its_annotation_is_gone(world):
+    """The Binding carries the resourceVersion that the patch returned."""
+    world.add_pod("p", {GPU: "1"})
+    seen = []
+    original = world.kube.bind
+
+    async def late(*args: object, **more: object) -> None:
+        seen.append((args, more))
+        raise Unknown("timeout; the request is still on its way")
+
+    world.kube.bind = late
+    await world.bind("p", "h1")
+    await world.until(lambda: phase(world, "p") is None)
+
+    ((args, more),) = seen
+    with pytest.raises(Conflict):
+        await original(*args, **more)
+
+
+async def test_a_conflict_because_our_earlier_binding_was_made_is_a_success(world):
+    world.add_pod("p", {GPU: "1"})
+
+    def made_already() -> None:
+        world.kube.before.pop("bind")
+        world.kube.change_pod("p", lambda pod: pod["spec"].update(nodeName="h1"))
+
+    world.kube.before["bind"] = made_already
+    assert await world.bind("p", "h1") == ""
+    assert phase(world, "p") is Phase.HELD
+
+
+async def test_after_the_deadline_no_binding_is_sent(world):
+    world.add_pod("p", {GPU: "1"})
+    world.kube.after["annotate_pod"] = lambda: world.clock.advance(13)
+
+    assert "no time" in await world.bind("p", "h1")
+    assert "bind" not in world.kube.calls
+
+
+async def test_without_the_lease_no_binding_is_sent(world):
+    world.add_pod("p", {GPU: "1"})
+    world.kube.after["annotate_pod"] = lambda: setattr(world.service.lease, "_renewed", None)
+
+    assert await world.bind("p", "h1") != ""
+    assert "bind" not in world.kube.calls
+
+
+async def test_a_pod_deleted_while_it_is_bound_gives_its_devices_back(world):
+    world.add_pod("p", {GPU: "1"})
+    world.kube.before["bind"] = lambda: (
+        world.kube.remove_pod("p") if "default/p" in world.kube.objects["pods"] else None
+    )
+
+    assert await world.bind("p", "h1") != ""
+    await world.until(lambda: phase(world, "p") is None)
+
+
+# -- restart ------------------------------------------------------------------------------------------
+
+
+async def test_case_05_an_unbound_pod_with_our_annotation_is_assumed_after_a_restart():
+    """Koordinator #1289, HAMi #2911: the same GPU was handed out again after a restart."""
+    world = World({"h1": "8xH100"})
+    device = Device(world.gpus("h1")[0])
+    text = write_placement("uid-p", "h1", [device])
+    world.add_pod("p", {GPU: "1"}, metadata={"annotations": {PLACEMENT_ANNOTATION: text}})
+    world.add_pod("q", {GPU: "8"})
+    async with world.running():
+        assert phase(world, "p") is Phase.ASSUMED
+        assert not world.filter("q").fitting
+        assert world.filter("p").fitting == ["h1"]
+
+        assert await world.bind("p", "h1") == ""
+        assert world.devices("p") == (device.gpu,)
+
+
+async def test_an_orphan_is_freed_only_by_removing_its_annotation():
+    world = World({"h1": "8xH100"})
+    text = write_placement("uid-p", "h1", [Device(world.gpus("h1")[0])])
+    world.add_pod("p", {GPU: "1"}, metadata={"annotations": {PLACEMENT_ANNOTATION: text}})
+    async with world.running():
+
+        def refuse() -> None:
+            raise Unknown("the API server is away")
+
+        world.kube.before["annotate_pod"] = refuse
+        world.clock.advance(world.settings.orphan_seconds + 1)
+        await asyncio.sleep(1.0)
+        assert phase(world, "p") is Phase.ASSUMED
+
+        world.kube.before.pop("annotate_pod")
+        await world.until(lambda: phase(world, "p") is None)
+        assert PLACEMENT_ANNOTATION not in world.kube.annotations("p")
+
+
+async def test_case_16_a_placement_that_the_ledger_cannot_explain_is_reported_not_trusted(world):
+    """HAMi #3041, #3042: users forged allocation annotations."""
+    gpu = world.gpus("h1")[0]
+    forged = {"annotations": {PLACEMENT_ANNOTATION: write_placement("uid-p", "h1", [Device(gpu)])}}
+    world.add_pod("p", {GPU: "1"}, metadata=forged)
+    await world.until(lambda: PLACEMENT_ANNOTATION not in world.kube.annotations("p"))
+    await world.until(lambda: phase(world, "p") is None)
+
+    bound = {"annotations": {PLACEMENT_ANNOTATION: write_placement("uid-q", "h1", [Device(gpu)])}}
+    world.add_pod("q", {GPU: "1"}, metadata=bound, spec={"nodeName": "h1"})
+    await world.until(lambda: phase(world, "q"))
+    assert world.devices("q") == ()
+    assert any("default/q" in warning for warning in world.service.warnings())
+    world.add_pod("r", {GPU: "1"})
+    assert world.filter("r").fitting == ["h2"]
+
+
+async def test_case_03_a_device_no_longer_in_the_inventory_stays_held_and_is_shown(world):
+    """HAMi #2592: the allocation was dropped, so the capacity looked free."""
+    world.add_pod("p", {GPU: "1"})
+    await world.bind("p", "h1")
+    (gone,) = world.devices("p")
+    report = world.service.inventory.get("h1").report
+    kept = tuple(gpu for gpu in report.gpus if gpu.uuid != gone)
+    links = tuple(link for link in report.links if gone not in (link.a, link.b))
+    world.report("h1", gpus=kept, links=links, version=2)
+
+    assert phase(world, "p") is Phase.HELD
+    assert world.service.views.node("h1")["not_in_inventory"][0]["device"] == gone
+    world.add_pod("q", {GPU: "8"})
+    assert "h1" not in world.filter("q").fitting
+
+
+# -- pods that we did not place -----------------------------------------------------------------------
+
+
+async def test_nothing_is_offered_that_could_be_the_device_of_a_pod_that_was_there_before_us():
+    world = World({"h1": "8xH100", "h2": "8xH100"})
+    for number in range(50):
+        world.add_pod(f"old{number}", {GPU: "1"}, spec={"nodeName": "h1" if number < 8 else f"other{number}"})
+    world.add_pod("p", {GPU: "1"})
+    async with world.running():
+        result = world.filter("p")
+        assert result.fitting == ["h2"]
+        assert "Tangram did not place" in str(result)
+        assert world.service.views.phases()["held"] == 50
+
+        gpus = world.gpus("h1")
+        report = world.service.inventory.get("h1").report
+        users = tuple(
+            gpu.model_copy(update={"pods": (f"uid-old{gpus.index(gpu.uuid)}",)} if gpu.uuid in gpus[:7] else {})
+            for gpu in report.gpus
+        )
+        world.report("h1", gpus=users, sees_pods=True, version=2)
+        assert world.devices("old3") == (gpus[3],)
+        assert world.filter("p").fitting == ["h2"], "one of the eight is still not known"
+
+        world.kube.change_pod("old7", lambda pod: pod["status"].update(phase="Succeeded"))
+        await world.until(lambda: phase(world, "old7") is None)
+        assert set(world.filter("p").fitting) == {"h1", "h2"}
+        assert await world.bind("p", "h1") == ""
+        assert world.devices("p") == (gpus[7],)
+
+
+async def test_a_slice_that_could_be_in_use_is_not_given_to_another():
+    world = World({"m1": "8xA100-mig"})
+    world.add_pod("old", {MIG: "1"}, spec={"nodeName": "m1"})
+    world.add_pod("p", {MIG: "1"})
+    async with world.running():
+        assert not world.filter("p").fitting, "no instance is shown, so any GPU could be the one"
+
+
+# -- room ---------------------------------------------------------------------------------------------
+
+
+async def test_case_13_finished_and_deleted_pods_release(world):
+    """HAMi #2923: a deleted pod kept eight cards for ever."""
+    world.add_pod("p", {GPU: "8"})
+    world.add_pod("q", {GPU: "8"})
+    await world.bind("p", "h1")
+    await world.bind("q", "h2")
+    await world.until(lambda: world.service.truth.pods["uid-q"].node)
+
+    world.kube.change_pod("p", lambda pod: pod["status"].update(phase="Succeeded"))
+    await world.until(lambda: phase(world, "p") is None)
+
+    world.kube.change_pod("q", lambda pod: pod["metadata"].update(deletionTimestamp="2026-11-21T00:00:00Z"))
+    world.kube.remove_pod("q")
+    await world.until(lambda: phase(world, "q") is Phase.LEAVING)
+    world.clock.advance(1)
+    world.add_pod("r", {GPU: "8"})
+    assert world.filter("r").fitting == ["h1"], "the devices of q have not been seen idle"
+    world.report("h2", version=2)
+    await world.until(lambda: phase(world, "q") is None)
+
+
+async def test_a_forced_deletion_is_not_believed_before_the_grace_time_and_a_fresh_report(world):
+    world.add_pod("p", {GPU: "8"}, spec={"terminationGracePeriodSeconds": 30})
+    await world.bind("p", "h1")
+    await world.until(lambda: world.service.truth.pods["uid-p"].node)
+    world.kube.remove_pod("p")
+    await world.until(lambda: phase(world, "p") is Phase.LEAVING)
+
+    world.clock.advance(29)
+    world.report("h1", version=2)
+    assert phase(world, "p") is Phase.LEAVING
+    world.clock.advance(2)
+    world.service.truth.settle()
+    assert phase(world, "p") is Phase.LEAVING, "nobody has looked at the devices since"
+    world.report("h1", version=3)
+    assert phase(world, "p") is None
+
+
+async def test_case_13_a_gap_in_the_watch_is_healed_by_listing_again(world):
+    world.add_pod("p", {GPU: "8"}, spec={"terminationGracePeriodSeconds": 0})
+    await world.bind("p", "h1")
+    await world.until(lambda: world.service.truth.pods["uid-p"].node)
+    world.clock.advance(1)
+
+    del world.kube.objects["pods"]["default/p"]  # gone without an event
+    world.kube.forget_history()
+    world.kube.add_pod({"metadata": {"name": "x", "uid": "x"}, "spec": {}})
+    for watch in world.service.watches:
+        watch._resync_seconds = 0.0
+
+    def drop() -> None:
+        raise Unknown("connection reset")
+
+    world.kube.before["watch"] = drop
+    world.kube.add_node("h3")
+    await world.until(lambda: phase(world, "p") is Phase.LEAVING)
+
+
+async def test_case_19_freeing_room_wakes_refused_pods_by_touching_one_node():
+    """kubernetes #122019, HAMi #1368: rejected pods slept five minutes although room was free."""
+    world = World({"h1": "8xH100"}, stale_seconds=30, wake_seconds=0.05, lease_seconds=1000)
+    async with world.running():
+        world.add_pod("p", {GPU: "8"})
+        world.clock.advance(31)
+        await world.until(lambda: world.service.offers.fault("h1"))
+        assert not world.filter("p").fitting
+        assert world.service.truth.waiting["uid-p"].reason
+
+        world.report("h1", version=2)
+        await world.until(
+            lambda: WAKE_ANNOTATION in (world.kube.objects["nodes"]["h1"]["metadata"].get("annotations") or {})
+        )
+        assert world.filter("p").fitting == ["h1"]
+
+
+async def test_nobody_is_woken_when_nobody_waits():
+    world = World({"h1": "8xH100"}, wake_seconds=0.05)
+    async with world.running():
+        world.report("h1", version=2)
+        await asyncio.sleep(0.3)
+        assert "annotate_node" not in world.kube.calls
+
+
+# -- preempt ------------------------------------------------------------------------------------------
+
+
+async def test_preempt_keeps_only_nodes_where_the_victims_make_room(world):
+    world.add_pod("small", {GPU: "1"})
+    world.add_pod("big", {GPU: "7"})
+    world.add_pod("other", {GPU: "8"})
+    await world.bind("small", "h1")
+    await world.bind("big", "h1")
+    await world.bind("other", "h2")
+    world.add_pod("p", {GPU: "7"})
+    victims = {"h1": Victims(("uid-small",), 0), "h2": Victims(("uid-other",), 1), "m1": Victims(("x",), 0)}
+
+    kept = world.service.extender.preempt(PreemptArgs(world.kube.pod("p"), victims))
+
+    assert kept == {"h2": Victims(("uid-other",), 1)}
+
+
+async def test_case_10_the_view_of_a_node_is_made_anew_only_when_it_changes(world):
+    """HAMi #3021, #2858: usage of all nodes and pods was rebuilt at every filter call."""
+    world.add_pod("p", {GPU: "1"})
+    world.add_pod("q", {GPU: "1"})
+    world.filter("p")
+    before = world.service.offers.updated
+    for _ in range(50):
+        world.filter("p")
+        world.prioritize("p", ["h1", "h2"])
+    assert world.service.offers.updated == before
+
+    await world.bind("q", "h1")
+    world.filter("p")
+    assert world.service.offers.updated - before <= 2

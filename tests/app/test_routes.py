@@ -1,0 +1,206 @@
+"""Over HTTP: what kube-scheduler, agents, the page and strangers get."""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+from asgi_lifespan import LifespanManager
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from app.main import create_app
+from app.settings import Settings
+from app.simulate import report_of
+from solver.samples import parse_samples
+from tests.fakes import pod_json
+
+GPU = "nvidia.com/gpu"
+
+
+@pytest.fixture
+def inventory(tmp_path: Path) -> Path:
+    path = tmp_path / "nodes.json"
+    reports = [
+        report_of(node).model_dump(mode="json", by_alias=True) for node in parse_samples("8xH100:2,8xA100-mig:1")
+    ]
+    path.write_text(json.dumps(reports))
+    return path
+
+
+@pytest.fixture
+async def client(inventory: Path) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(Settings(nodes=inventory, report_limit_bytes=20_000, request_limit_bytes=200_000))
+    async with (
+        LifespanManager(app) as running,
+        httpx.AsyncClient(transport=httpx.ASGITransport(running.app), base_url="http://tangram") as client,
+    ):
+        yield client
+
+
+async def nodes(client: httpx.AsyncClient) -> list[str]:
+    return [node["name"] for node in (await client.get("/v1/cluster")).json()["nodes"]]
+
+
+async def place(client: httpx.AsyncClient, pod: dict[str, object]) -> dict[str, object]:
+    """Filter, prioritize, bind; the placement as `/v1/` tells it."""
+    names = await nodes(client)
+    fits = (await client.post("/filter", json={"Pod": pod, "Nodes": None, "NodeNames": names})).json()["NodeNames"]
+    scores = (await client.post("/prioritize", json={"Pod": pod, "Nodes": None, "NodeNames": fits})).json()
+    node = max(scores, key=lambda each: each["Score"])["Host"]
+    meta = pod["metadata"]
+    bind = {"PodName": meta["name"], "PodNamespace": "default", "PodUID": meta["uid"], "Node": node}
+    assert (await client.post("/bind", json=bind)).json() == {"Error": ""}
+    return (await client.get(f"/v1/pods/{meta['uid']}")).json()
+
+
+async def test_a_pod_is_placed_shown_and_released(client):
+    placed = await place(client, pod_json("p", {GPU: "2"}))
+    assert placed["phase"] == "held"
+    assert len(placed["devices"]) == 2
+    assert placed["prices"]
+    assert "cheapest" in placed["reason"]
+
+    cluster = (await client.get("/v1/cluster")).json()
+    assert cluster["totals"]["gpus_held"] == 2
+    assert (await client.get("/v1/pods", params={"phase": "held"})).json()["pods"][0]["uid"] == "uid-p"
+
+    assert (await client.delete("/v1/pods/uid-p")).status_code == 200
+    assert (await client.get("/v1/cluster")).json()["totals"]["gpus_held"] == 0
+    assert (await client.get("/v1/pods/uid-p")).status_code == 404
+    assert (await client.delete("/v1/pods/uid-p")).status_code == 404
+
+
+async def test_slices_are_shown_where_they_stand(client):
+    placed = await place(client, pod_json("p", {"nvidia.com/mig-3g.40gb": "1"}))
+    node = (await client.get(f"/v1/nodes/{placed['node']}")).json()
+    (piece,) = [piece for gpu in node["gpus"] for piece in gpu["slices"]]
+    assert (piece["profile"], piece["size"], piece["pod"]["name"]) == ("3g.40gb", 4, "p")
+
+
+async def test_waiting_pods_are_shown_with_the_reason(client):
+    names = await nodes(client)
+    await client.post("/filter", json={"Pod": pod_json("p", {GPU: "9"}), "Nodes": None, "NodeNames": names})
+    (pod,) = (await client.get("/v1/pods")).json()["pods"]
+    assert pod["phase"] == "waiting"
+    assert "9" in pod["reason"]
+
+
+async def test_the_cluster_is_paged(client):
+    first = (await client.get("/v1/cluster", params={"limit": 2})).json()
+    rest = (await client.get("/v1/cluster", params={"limit": 2, "after": first["next"]})).json()
+    assert len(first["nodes"]) == 2
+    assert len(rest["nodes"]) == 1
+    assert rest["next"] is None
+
+
+@pytest.mark.parametrize("verb", ["filter", "prioritize", "bind", "preempt"])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"Pod": {"metadata": 7}}', b"x" * 300_000])
+async def test_broken_bodies_get_words_with_status_200_and_no_traceback(client, verb, body):
+    """kube-scheduler reads no body but that of a 200."""
+    answer = await client.post(f"/{verb}", content=body)
+    assert answer.status_code == 200
+    assert "Traceback" not in answer.text
+    if verb in ("filter", "bind"):
+        assert answer.json()["Error"]
+
+
+pods = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(
+            st.sampled_from(
+                ["metadata", "spec", "uid", "name", "containers", "resources", "limits", GPU, "annotations", "status"]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(pod=pods)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+async def test_no_pod_however_broken_makes_a_fault_inside(client, pod):
+    for verb in ("filter", "prioritize"):
+        answer = await client.post(f"/{verb}", json={"Pod": pod, "Nodes": None, "NodeNames": ["8xh100-0"]})
+        assert answer.status_code == 200
+        assert "fault inside" not in answer.text
+
+
+async def test_reports_are_taken_in_full_and_then_in_a_few_bytes(client):
+    report = report_of(parse_samples("8xL40S:1")[0]).model_copy(update={"boot": "b", "version": 3})
+    assert (await client.post("/v1/reports", json={"node": report.node, "boot": "b", "version": 3})).json() == {
+        "resend": True
+    }
+    full = await client.post("/v1/reports", content=report.model_dump_json(by_alias=True))
+    assert (full.status_code, full.json()) == (200, {"resend": False})
+    assert (await client.post("/v1/reports", json={"node": report.node, "boot": "b", "version": 3})).json() == {
+        "resend": False
+    }
+    assert (await client.post("/v1/reports", json={"node": report.node, "boot": "c", "version": 3})).json() == {
+        "resend": True
+    }
+    assert report.node in await nodes(client)
+
+
+@pytest.mark.parametrize(
+    ("report", "words"),
+    [
+        (b"{", "not JSON"),
+        (b"[]", "NodeReport"),
+        (b'{"schema": 2, "node": "n", "version": 1}', "schema"),
+        (b'{"schema": 1, "node": "", "version": 1}', "node"),
+        (b'{"schema": 1, "node": "n", "version": 1, "gpus": [{"uuid": "a", "index": 0}]}', "gpus.0.product"),
+        (b'{"schema": 1, "node": "n", "version": 1, "gpus": [], "links": [{"a": "x", "b": "y"}]}', "link"),
+        (b'{"node": "n"}', "boot"),
+        (b'"' + b"x" * 30_000 + b'"', "larger"),
+    ],
+)
+async def test_broken_reports_are_refused_in_words_and_change_nothing(client, report, words):
+    before = (await client.get("/v1/cluster")).json()["totals"]
+    answer = await client.post("/v1/reports", content=report)
+    assert answer.status_code == 422
+    assert words in answer.json()["detail"]
+    assert (await client.get("/v1/cluster")).json()["totals"] == before
+
+
+async def test_health_readiness_and_metrics_answer(client):
+    assert (await client.get("/healthz")).text == "ok"
+    assert (await client.get("/readyz")).json()["ready"] is True
+    await client.post("/filter", json={"Pod": pod_json("p", {GPU: "1"}), "Nodes": None, "NodeNames": ["8xh100-0"]})
+    text = (await client.get("/metrics")).text
+    assert 'tangram_answers_total{kind="fits",verb="filter"} 1.0' in text
+    assert "tangram_pods" in text
+
+
+async def test_a_profile_missing_from_managed_resources_is_a_warning(client):
+    report = report_of(parse_samples("8xA100-mig:1")[0])
+    profile = report.gpus[0].mig.profiles[0].model_copy(update={"name": "1g.11gb"})
+    mig = report.gpus[0].mig.model_copy(update={"profiles": (profile,)})
+    strange = report.model_copy(
+        update={"node": "odd", "gpus": (report.gpus[0].model_copy(update={"mig": mig}),), "links": ()}
+    )
+    await client.post("/v1/reports", content=strange.model_dump_json(by_alias=True))
+
+    assert any("nvidia.com/mig-1g.11gb" in warning for warning in (await client.get("/readyz")).json()["warnings"])
+    assert 'tangram_unmanaged_profiles{state="now"} 1.0' in (await client.get("/metrics")).text
+
+
+async def test_the_page_is_served_with_a_policy_that_allows_nothing_foreign(client):
+    page = await client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+
+
+async def test_two_apps_do_not_leak_into_each_other(client, inventory):
+    await place(client, pod_json("p", {GPU: "2"}))
+    other = create_app(Settings(nodes=inventory))
+    async with (
+        LifespanManager(other) as running,
+        httpx.AsyncClient(transport=httpx.ASGITransport(running.app), base_url="http://other") as second,
+    ):
+        assert (await second.get("/v1/cluster")).json()["totals"]["gpus_held"] == 0
