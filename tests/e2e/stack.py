@@ -1,0 +1,646 @@
+"""All of Tangram on a real control plane, for the end-to-end tests, the throughput bench and `make cluster`.
+
+    ControlPlane ── KWOK nodes
+         ▲  ▲
+         │  └── tangram serve ◀── reports ── agents (real ones on the fake NVML library, or posted ones)
+         │      (own account)
+         └───── kube-scheduler ── extender verbs over mutual TLS ──▶ tangram serve
+
+What is shipped is what runs: the RBAC and the admission policy of manifests/base, and the kube-scheduler
+configuration that `tangram manifests` generates, changed only in where the service is found.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Protocol, Self, TypeVar
+
+import httpx
+import yaml
+from app.manifests import scheduler_configuration
+
+from app.certs import create_certificates
+from app.report import NodeReport
+from app.simulate import report_of
+from solver import Node
+from tests.e2e.cluster import SCHEDULER, Cluster, free_port, open_cluster
+from tests.e2e.nodes import KubernetesObject, gpu_node, gpu_pod
+from tests.fake_nvml.describe import Process, describe
+from tests.fake_nvml.fleet import Fleet
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BASE = REPOSITORY / "manifests" / "base"
+
+SERVICE = "tangram"
+GPU = "nvidia.com/gpu"
+MIG = "nvidia.com/mig-"
+PLACEMENT = "tangram.gpu/placement"
+
+APPLIED = (
+    "Namespace",
+    "ServiceAccount",
+    "ClusterRole",
+    "ClusterRoleBinding",
+    "Role",
+    "RoleBinding",
+    "ValidatingAdmissionPolicy",
+    "ValidatingAdmissionPolicyBinding",
+)
+"""What is applied of manifests/base. The rest (Deployment, DaemonSet, Service) are the processes started here."""
+
+READY_SECONDS = 60.0
+POLL_SECONDS = 0.1
+TOKEN_SECONDS = 30 * 24 * 3600  # `make cluster` may stay up for long, and nobody renews this token
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True, slots=True)
+class Knobs:
+    """The service's and the agents' times, short so that a test need not wait long for what they bring about."""
+
+    agent_interval_seconds: float = 1.0
+    stale_seconds: float = 5.0
+    orphan_seconds: float = 4.0
+    lease_seconds: float = 15.0
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Further options of `tangram serve`, without the dashes."""
+
+
+class Agents(Protocol):
+    """Somebody who reports every node."""
+
+    def start(self) -> None:
+        """Begin to report."""
+
+    def stop(self) -> None:
+        """End for good."""
+
+    def freeze(self, node: str) -> None:
+        """The node falls silent, as if its agent hung."""
+
+    def thaw(self, node: str) -> None:
+        """It reports again."""
+
+    def use(self, node: str, gpu: str, pod_uids: Sequence[str]) -> None:
+        """From now on processes of exactly these pods run on that GPU (by UUID)."""
+
+
+class Stack:
+    """Everything, started by `with`. `stack.service` is the first service, `stack.cluster` the control plane."""
+
+    live: ClassVar[list[Stack]] = []
+    """Those that are up, for the log of a failed test."""
+
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        *,
+        knobs: Knobs | None = None,
+        agents: Callable[[Stack, str], Agents] | None = None,
+        form: str | None = "first-scheduler",
+        gateways: bool = False,
+        service: bool = True,
+    ) -> None:
+        """`form` is which shipped kube-scheduler configuration runs (None: none is started).
+
+        `gateways` puts a TCP relay before the API server (for the service only), before the service's public
+        and before its extender listener, so that a test can cut and turn connections.
+        """
+        self.nodes = tuple(nodes)
+        self.knobs = knobs or Knobs()
+        self.form = form
+        self.services: dict[str, Service] = {}
+        self._make_agents = agents or real_agents
+        self._with_service = service
+        self._with_gateways = gateways
+        self._closing = contextlib.ExitStack()
+
+    @property
+    def service(self) -> Service:
+        """The first service."""
+        return self.services[SERVICE]
+
+    # -- up and down ----------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self._closing.close()
+            raise
+        self.live.append(self)
+        self._closing.callback(self.live.remove, self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.close()
+
+    def _start(self) -> None:
+        self.cluster: Cluster = self._closing.enter_context(open_cluster())
+        self.namespace, self.account = self._apply_manifests()
+        self.certificates = self.cluster.directory / "certificates"
+        create_certificates(self.certificates, ips=("127.0.0.1",), namespace=self.namespace)
+        self.cluster.add_nodes(kubernetes_node(node) for node in self.nodes)
+        if self._with_gateways:
+            self.api_gateway = self._closing.enter_context(Gateway(_port_of(self.cluster.api_url)))
+            self.public_gateway = self._closing.enter_context(Gateway())
+            self.extender_gateway = self._closing.enter_context(Gateway())
+        self.kubeconfig = self._service_kubeconfig()
+        first = self.add_service(SERVICE, start=False)
+        if self._with_gateways:
+            self.turn_to(first)
+        public = self.public_gateway.port if self._with_gateways else first.port
+        self.agents = self._make_agents(self, f"http://127.0.0.1:{public}")
+        self._closing.callback(self.agents.stop)
+        if self._with_service:
+            first.start()
+        self.agents.start()
+        if self._with_service:
+            first.wait_ready()
+            self.wait_reported()
+        if self.form is not None:
+            self.start_scheduler(self.form)
+
+    def _apply_manifests(self) -> tuple[str, str]:
+        """Apply what is shipped; returns our namespace and our service account's name."""
+        rendered = self.cluster.kubectl("kustomize", str(BASE))
+        objects = [each for each in yaml.safe_load_all(rendered) if each]
+        chosen = [each for each in objects if each["kind"] in APPLIED]
+        chosen.sort(key=lambda each: APPLIED.index(each["kind"]))
+        self.cluster.kubectl("apply", "-f", "-", input=yaml.safe_dump_all(chosen))
+        deployment = next(each for each in objects if each["kind"] == "Deployment")
+        return deployment["metadata"]["namespace"], deployment["spec"]["template"]["spec"]["serviceAccountName"]
+
+    def _service_kubeconfig(self) -> Path:
+        """A kubeconfig with which the service is its own service account, under the shipped RBAC."""
+        config = json.loads(
+            self.cluster.kubeconfig_for_service_account(self.account, namespace=self.namespace).read_text()
+        )
+        token = self.cluster.service_account_token(self.account, namespace=self.namespace, seconds=TOKEN_SECONDS)
+        config["users"][0]["user"] = {"token": token}
+        if self._with_gateways:
+            server = config["clusters"][0]["cluster"]["server"]
+            config["clusters"][0]["cluster"]["server"] = server.replace(
+                str(_port_of(server)), str(self.api_gateway.port)
+            )
+        file = self.cluster.directory / "tangram.kubeconfig"
+        file.touch(mode=0o600)
+        file.write_text(json.dumps(config))
+        return file
+
+    # -- services -------------------------------------------------------------------------------------
+
+    def add_service(self, name: str, *, start: bool = True, **options: str) -> Service:
+        """One more `tangram serve`, under its own identity (its name)."""
+        service = Service(self, name, options)
+        self.services[name] = service
+        if start:
+            service.start()
+        return service
+
+    def turn_to(self, service: Service) -> None:
+        """Send agents and kube-scheduler to this service, as a Kubernetes Service does with the ready one."""
+        self.public_gateway.turn_to(service.port)
+        self.extender_gateway.turn_to(service.extender_port)
+
+    def wait_reported(self, timeout: float = READY_SECONDS) -> None:
+        """Wait until every node is offered."""
+        names = {node.name for node in self.nodes}
+
+        def all_offered() -> bool:
+            shown = self.service.get(f"/v1/cluster?limit={max(1, len(names))}")["nodes"]
+            return names <= {node["name"] for node in shown if node["offered"]}
+
+        self.wait_for(all_offered, f"{len(names)} nodes to be offered", timeout)
+
+    # -- kube-scheduler -------------------------------------------------------------------------------
+
+    def start_scheduler(
+        self, form: str | None = None, *, name: str = SCHEDULER, service: Service | None = None
+    ) -> None:
+        """Start a kube-scheduler with the shipped configuration of that form."""
+        self.cluster.start_scheduler(self.scheduler_configuration(form or "first-scheduler", service), name=name)
+
+    def scheduler_configuration(self, form: str, service: Service | None = None) -> dict[str, Any]:
+        """What `tangram manifests` generates, with this machine's address and files in it."""
+        whole: dict[str, Any] = yaml.safe_load(scheduler_configuration(form))
+        (extender,) = whole["extenders"]
+        port = (service or self.service).extender_port
+        if self._with_gateways and service is None:
+            port = self.extender_gateway.port
+        extender["urlPrefix"] = f"https://127.0.0.1:{port}"
+        files = {"certFile": "client.crt", "keyFile": "client.key", "caFile": "ca.crt"}
+        extender["tlsConfig"] = {key: str(self.certificates / file) for key, file in files.items()}
+        return whole
+
+    def scheduler_name(self) -> str:
+        """What pods say in `schedulerName` to be scheduled with us."""
+        if self.form is None:
+            return "default-scheduler"
+        profiles = yaml.safe_load(scheduler_configuration(self.form)).get("profiles") or [{}]
+        return str(profiles[0].get("schedulerName", "default-scheduler"))
+
+    # -- looking --------------------------------------------------------------------------------------
+
+    def wait_for(self, look: Callable[[], Found | None], what: str, timeout: float) -> Found:
+        """Like the cluster's, with the service's words when it takes too long."""
+        deadline = time.monotonic() + timeout
+        while True:
+            found = look()
+            if found:
+                return found
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"waited {timeout:.0f} s for {what}")
+            time.sleep(POLL_SECONDS)
+
+    def placement(self, name: str, namespace: str = "default") -> dict[str, Any] | None:
+        """The placement annotation of a pod, decoded; None where it has none."""
+        text = self.cluster.pod(name, namespace)["metadata"].get("annotations", {}).get(PLACEMENT)
+        return None if text is None else json.loads(text)
+
+    def empty(self, timeout: float = 60.0) -> None:
+        """Delete all pods and wait until the service has nothing held, promised or waiting."""
+        self.cluster.delete_all_pods(timeout=timeout)
+
+        def nothing() -> bool:
+            totals = self.service.get("/v1/cluster?limit=1")["totals"]
+            return not any(count for name, count in totals.items() if name.startswith("pods_"))
+
+        self.wait_for(nothing, "the service to hold nothing", timeout)
+
+    def logs(self) -> dict[str, str]:
+        """What the services and kube-schedulers have written."""
+        names = [*self.services, *(name for name in self.cluster.processes.names() if "scheduler" in name)]
+        return {name: self.cluster.logs(name) for name in names if self._has_log(name)}
+
+    def _has_log(self, name: str) -> bool:
+        return (self.cluster.directory / f"{name}.log").exists()
+
+
+class Service:
+    """One `tangram serve` process."""
+
+    def __init__(self, stack: Stack, name: str, options: Mapping[str, str]) -> None:
+        self.name = name
+        self.port = free_port()
+        self.extender_port = free_port()
+        self._stack = stack
+        self._options = dict(options)
+        self._started = False
+        self._http = httpx.Client(base_url=self.url, timeout=10, trust_env=False)
+
+    @property
+    def url(self) -> str:
+        """The public listener."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start it (again); does not wait until it is ready."""
+        if self._started:
+            self._processes.restart(self.name)
+        else:
+            self._processes.start(self.name, self._command(), environment={"PYTHONPATH": str(REPOSITORY)})
+            self._started = True
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._processes.kill(self.name)
+
+    def restart(self) -> None:
+        """Start it again after `kill` and wait until it is ready."""
+        self.start()
+        self.wait_ready()
+
+    def freeze(self) -> None:
+        """SIGSTOP."""
+        self._processes.pause(self.name)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        self._processes.resume(self.name)
+
+    def get(self, path: str) -> Any:
+        """The decoded answer of its public listener."""
+        reply = self._http.get(path)
+        reply.raise_for_status()
+        return reply.json()
+
+    def readiness(self) -> dict[str, Any]:
+        """What /readyz says, ready or not; not ready where it does not answer."""
+        try:
+            found: dict[str, Any] = self._http.get("/readyz").json()
+        except httpx.TransportError as error:
+            return {"ready": False, "waiting_for": [repr(error)], "warnings": []}
+        return found
+
+    def wait_ready(self, timeout: float = READY_SECONDS) -> None:
+        """Wait until it may decide."""
+        deadline = time.monotonic() + timeout
+        while not (said := self.readiness())["ready"]:
+            if not self._processes.is_running(self.name):
+                raise self._processes.failed(self.name, "ended while it was starting")
+            if time.monotonic() > deadline:
+                raise self._processes.failed(self.name, f"is not ready: {said['waiting_for']}")
+            time.sleep(POLL_SECONDS)
+
+    def pod(self, uid: str) -> dict[str, Any] | None:
+        """What it says of a pod; None where it knows none of that UID."""
+        reply = self._http.get(f"/v1/pods/{uid}")
+        return None if reply.status_code == httpx.codes.NOT_FOUND else dict(reply.json())
+
+    def node(self, name: str) -> dict[str, Any]:
+        """What it says of a node."""
+        return dict(self.get(f"/v1/nodes/{name}"))
+
+    def totals(self) -> dict[str, int]:
+        """Its counts over the whole cluster."""
+        return dict(self.get("/v1/cluster?limit=1")["totals"])
+
+    def verb(self, verb: str, body: Any, *, certificate: bool = True) -> Any:
+        """One call to an extender verb, as kube-scheduler would make it."""
+        from ssl import create_default_context
+
+        files = self._stack.certificates
+        context = create_default_context(cafile=str(files / "ca.crt"))
+        if certificate:
+            context.load_cert_chain(files / "client.crt", files / "client.key")
+        with httpx.Client(verify=context, timeout=20, trust_env=False) as client:
+            reply = client.post(f"https://127.0.0.1:{self.extender_port}/{verb}", json=body)
+            reply.raise_for_status()
+            return reply.json()
+
+    def _command(self) -> list[str]:
+        knobs = self._stack.knobs
+        files = self._stack.certificates
+        options = {
+            "port": str(self.port),
+            "extender-port": str(self.extender_port),
+            "cert": str(files / "server.crt"),
+            "key": str(files / "server.key"),
+            "client-ca": str(files / "ca.crt"),
+            "kubeconfig": str(self._stack.kubeconfig),
+            "namespace": self._stack.namespace,
+            "identity": self.name,
+            "lease-seconds": str(knobs.lease_seconds),
+            "stale-seconds": str(knobs.stale_seconds),
+            "orphan-seconds": str(knobs.orphan_seconds),
+            **knobs.options,
+            **self._options,
+        }
+        words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        return [sys.executable, "-m", "app.cli", "serve", *words]
+
+    @property
+    def _processes(self) -> Any:
+        return self._stack.cluster.processes
+
+
+# ------------------------------------------------------------------------------------------------------ agents
+
+
+class PostedReports:
+    """Reports that this process posts itself: for hundreds of nodes, where real agents would be too many."""
+
+    def __init__(self, nodes: Iterable[Node], url: str, *, interval_seconds: float) -> None:
+        self._reports = {node.name: report_of(node) for node in nodes}
+        self._interval = interval_seconds
+        self._http = httpx.Client(base_url=url, timeout=5, trust_env=False)
+        self._frozen: set[str] = set()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="posted reports")
+
+    def start(self) -> None:
+        """Begin to report."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End for good."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+        self._http.close()
+
+    def freeze(self, node: str) -> None:
+        """The node falls silent."""
+        self._frozen.add(node)
+
+    def thaw(self, node: str) -> None:
+        """It reports again."""
+        self._frozen.discard(node)
+
+    def use(self, node: str, gpu: str, pod_uids: Sequence[str]) -> None:
+        """From now on processes of exactly these pods run on that GPU."""
+        before = self._reports[node]
+        gpus = tuple(
+            each.model_copy(update={"pods": tuple(pod_uids)}) if each.uuid == gpu else each for each in before.gpus
+        )
+        self._reports[node] = before.model_copy(update={"gpus": gpus, "version": before.version + 1, "sees_pods": True})
+
+    def _run(self) -> None:
+        while not self._stopping.wait(self._interval):
+            for name in list(self._reports):
+                if name in self._frozen or self._stopping.is_set():
+                    continue
+                with contextlib.suppress(httpx.HTTPError):
+                    self._post(self._reports[name])
+
+    def _post(self, report: NodeReport) -> None:
+        unchanged = {"node": report.node, "boot": report.boot, "version": report.version}
+        reply = self._http.post("/v1/reports", json=unchanged)
+        if reply.is_success and reply.json()["resend"]:
+            self._http.post("/v1/reports", content=report.model_dump_json(by_alias=True))
+
+
+def posted_reports(stack: Stack, url: str) -> Agents:
+    """Reports posted by the test itself."""
+    return PostedReports(stack.nodes, url, interval_seconds=stack.knobs.agent_interval_seconds)
+
+
+class RealAgents:
+    """Real agents, one process for each node, that load the fake NVML library."""
+
+    def __init__(self, nodes: Iterable[Node], url: str, directory: Path, *, interval_seconds: float) -> None:
+        self._descriptions = {node.name: describe(node) for node in nodes}
+        self.fleet = Fleet(directory, service=url, interval_seconds=interval_seconds)
+        self._next_pid = 1000
+
+    def start(self) -> None:
+        """Begin to report."""
+        for name, description in self._descriptions.items():
+            self.fleet.describe(name, description)
+            self.fleet.start(name)
+
+    def stop(self) -> None:
+        """End for good."""
+        self.fleet.close()
+
+    def freeze(self, node: str) -> None:
+        """SIGSTOP: the agent keeps its connection and says nothing."""
+        self.fleet.silence(node)
+
+    def thaw(self, node: str) -> None:
+        """SIGCONT."""
+        self.fleet.resume(node)
+
+    def use(self, node: str, gpu: str, pod_uids: Sequence[str]) -> None:
+        """Processes of exactly these pods run on that GPU: NVML lists them, their cgroup files name the pods."""
+        index = next(i for i, each in enumerate(self._descriptions[node].gpus) if each.uuid == gpu)
+        processes = []
+        for uid in pod_uids:
+            self._next_pid += 1
+            self.fleet.add_process(node, self._next_pid, uid)
+            processes.append(Process(self._next_pid))
+        self._descriptions[node] = self._descriptions[node].with_gpu(index, processes=tuple(processes))
+        self.fleet.describe(node, self._descriptions[node])
+
+
+def real_agents(stack: Stack, url: str) -> Agents:
+    """Real agents, each loading the fake NVML library."""
+    directory = stack.cluster.directory / "agents"
+    return RealAgents(stack.nodes, url, directory, interval_seconds=stack.knobs.agent_interval_seconds)
+
+
+# ----------------------------------------------------------------------------------------------------- gateways
+
+
+class Gateway:
+    """A TCP relay on loopback that can be cut, mended and turned to another port."""
+
+    def __init__(self, target: int = 0) -> None:
+        self.port = free_port()
+        self._target = target
+        self._open: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="gateway")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self.mend()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cut()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=5)
+        self._loop.close()
+
+    def cut(self) -> None:
+        """Close every connection and refuse new ones."""
+        self._do(self._cut())
+
+    def mend(self) -> None:
+        """Take connections again."""
+        self._do(self._mend())
+
+    def turn_to(self, target: int) -> None:
+        """Close every connection; new ones go to that port."""
+        self._target = target
+        self._do(self._drop())
+
+    def _do(self, act: Any) -> None:
+        asyncio.run_coroutine_threadsafe(act, self._loop).result(timeout=10)
+
+    async def _mend(self) -> None:
+        if self._server is None:
+            self._server = await asyncio.start_server(self._relay, "127.0.0.1", self.port, reuse_address=True)
+
+    async def _cut(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        await self._drop()
+
+    async def _drop(self) -> None:
+        for writer in list(self._open):
+            writer.transport.abort()
+        await asyncio.sleep(0.05)  # let the relays see it
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            there, here = await asyncio.open_connection("127.0.0.1", self._target)
+        except OSError:
+            writer.transport.abort()
+            return
+        self._open |= {writer, here}
+        try:
+            await asyncio.gather(self._pump(reader, here), self._pump(there, writer))
+        finally:
+            for each in (writer, here):
+                self._open.discard(each)
+                each.transport.abort()
+
+    @staticmethod
+    async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(1 << 16):
+                sink.write(data)
+                await sink.drain()
+            sink.write_eof()
+        except OSError:
+            sink.transport.abort()
+
+
+def _port_of(url: str) -> int:
+    port = httpx.URL(url).port
+    assert port is not None
+    return port
+
+
+# ------------------------------------------------------------------------------------------------ nodes and pods
+
+
+def kubernetes_node(node: Node) -> KubernetesObject:
+    """The node as its kubelet would register it beside NVIDIA's device plugin (`mixed` strategy).
+
+    The counts of MIG profiles are upper bounds: as many of each as the boards take when they take nothing else.
+    """
+    allocatable: dict[str, int | str] = {}
+    for gpu in report_of(node).gpus:
+        if gpu.mig is None or not gpu.mig.enabled:
+            allocatable[GPU] = int(allocatable.get(GPU, 0)) + 1
+            continue
+        for profile in gpu.mig.profiles:
+            name = MIG + profile.name.replace("+", ".")
+            allocatable[name] = int(allocatable.get(name, 0)) + profile.max_instances
+    product = node.gpus[0].product.replace(" ", "-") if node.gpus else "none"
+    return gpu_node(node.name, product, allocatable)
+
+
+GPU_ASKS = ((1, 8), (2, 5), (4, 4), (8, 3))
+"""Whole GPUs asked for by a pod of a burst, and how often."""
+
+SLICE_ASKS = (("1g.10gb", 8), ("1g.20gb", 4), ("2g.20gb", 5), ("3g.40gb", 5), ("7g.80gb", 2))
+"""Five MIG profiles, and how often."""
+
+
+def burst(
+    count: int, *, seed: int, prefix: str = "pod", scheduler_name: str = "default-scheduler", **pod: Any
+) -> list[KubernetesObject]:
+    """A burst of pods, half of them for whole GPUs and half for one slice each, in random order."""
+    rng = random.Random(seed)
+    pods = []
+    for number in range(count):
+        if rng.random() < 0.5:
+            (gpus,) = rng.choices([ask for ask, _ in GPU_ASKS], [weight for _, weight in GPU_ASKS])
+            asks = {GPU: gpus}
+        else:
+            (profile,) = rng.choices([ask for ask, _ in SLICE_ASKS], [weight for _, weight in SLICE_ASKS])
+            asks = {MIG + profile: 1}
+        pods.append(gpu_pod(f"{prefix}-{number:03d}", asks, scheduler_name=scheduler_name, **pod))
+    return pods
