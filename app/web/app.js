@@ -191,8 +191,8 @@ function drawGpu(gpu, large) {
 
 function drawCard(node) {
   const r = room(node);
-  const roomShort = [r.gpus ? [h("b", {}, `${r.freeGpus}`), `/${r.gpus} free`] : [], r.gpus && r.units ? " · " : "",
-    r.units ? [h("b", {}, `${r.freeUnits}`), `/${r.units} units free`] : []];
+  const parts = [[r.freeGpus, r.gpus], [r.freeUnits, r.units]].filter(([, all]) => all);
+  const roomShort = parts.flatMap(([free, all], i) => [i ? " · " : "", h("b", {}, String(free)), `/${all}`]);
   const why = !node.offered ? `not offered: ${node.reason || "no reason given"}` : isSilent(node) ? "its agent is silent" : node.reason;
   const tiles = node.gpus.map((gpu) => {
     const tile = drawGpu(gpu, false);
@@ -204,7 +204,7 @@ function drawCard(node) {
       h("a", { href: route("node", node.name), tabindex: "-1", "data-part": "open", title: node.name,
         "aria-label": `${node.name}, ${node.product}, ${roomWords(node)}${node.offered ? "" : ", not offered"}` }, node.name),
       h("span", { class: "product", title: node.product }, shortProduct(node)),
-      h("span", { class: "room", title: roomWords(node) }, ...roomShort.flat(2))),
+      h("span", { class: "room", title: roomWords(node) }, ...roomShort, " free")),
     why ? h("p", { class: "why" }, why) : null,
     h("div", { class: "gpus", "aria-hidden": "true" }, tiles));
 }
@@ -229,7 +229,7 @@ const POD_COLUMNS = [
     h("a", { href: route("pod", p.uid), "data-part": "open", title: podName(p) }, p.name)] },
   { key: "demand", title: "Asks", of: (p) => p.demand, draw: (p) => p.demand, nowrap: true },
   { key: "phase", title: "Phase", of: (p) => String(PHASES.indexOf(p.phase)), draw: (p) => phaseTag(p.phase) },
-  { key: "node", title: "Node", of: (p) => p.node || "", draw: (p) => (p.node ? h("a", { href: route("node", p.node), "data-part": "node" }, p.node) : "–") },
+  { key: "node", title: "Node", kind: "on", of: (p) => p.node || "", draw: (p) => (p.node ? h("a", { href: route("node", p.node), "data-part": "node" }, p.node) : "–") },
   { key: "since", title: "For", number: true, of: (p) => p.since_seconds || 0, draw: () => h("span", { "data-since": "" }) },
 ];
 

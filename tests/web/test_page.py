@@ -1,0 +1,231 @@
+"""The page in a real browser, over canned answers: the states that are hard to reach with a real service."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.web.conftest import Open
+from tests.web.stub import Canned, Stub, gpu, lively, node, pod
+
+pytestmark = pytest.mark.browser
+
+HOSTILE = '<img src=x onerror="document.title=1">&amp;"\'</td><script>alert(1)</script>'
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    with Stub(lively()) as running:
+        yield running
+
+
+def test_shows_every_node_with_its_gpus_and_slices_in_place(stub: Stub, open_page: Open) -> None:
+    """A slice is drawn where it is: its start and size are the placement."""
+    page = open_page(stub.url)
+    expect(page.locator(".node")).to_have_count(40)
+
+    piece = next(s for n in stub.canned.nodes for g in n["gpus"] for s in g["slices"])
+    drawn = page.locator(f'.slice[data-uid="{piece["pod"]["uid"]}"]')
+    box, board = drawn.bounding_box(), drawn.locator("..").bounding_box()
+
+    assert box is not None
+    assert board is not None
+    assert (box["x"] - board["x"]) / board["width"] == pytest.approx(piece["start"] / 8, abs=0.03)
+    assert box["width"] / board["width"] == pytest.approx(piece["size"] / 8, abs=0.04)
+
+
+def test_every_phase_is_told_by_more_than_colour(stub: Stub, open_page: Open) -> None:
+    page = open_page(stub.url)
+    expect(page.locator(".node").first).to_be_visible()
+
+    looks = page.evaluate(
+        """() => Object.fromEntries(["free", "proposed", "assumed", "held", "leaving", "withheld"].map((phase) => {
+            const style = getComputedStyle(document.querySelector(`.legend .key.${phase}`));
+            const pattern = style.backgroundImage.replace(/(rgba?|color)\\([^)]*\\)/g, "");
+            return [phase, `${style.borderTopStyle} ${pattern}`];
+        }))"""
+    )
+    told = {looks[phase] for phase in ("proposed", "assumed", "held", "leaving", "withheld")}
+
+    assert len(told) == 5, looks
+
+
+def test_keyboard_alone_reaches_a_pod_and_comes_back(stub: Stub, open_page: Open) -> None:
+    """Tab to the nodes, arrows among them, Enter opens, Escape closes and gives the focus back."""
+    page = open_page(stub.url)
+    expect(page.locator(".node")).to_have_count(40)
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.closest('.node') !== null"):
+            break
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    name = page.evaluate("document.activeElement.textContent")
+    assert name not in ("", "a100-00")
+
+    page.keyboard.press("Enter")
+    expect(page.locator("#detail")).to_be_visible()
+    expect(page.locator("#detail-title")).to_have_text(name)
+    page.locator("#detail .board a").first.press("Enter")
+    expect(page.locator("#detail-title")).to_have_text(re.compile("default/"))
+
+    page.keyboard.press("Escape")
+    expect(page.locator("#detail")).to_be_hidden()
+    assert page.evaluate("document.activeElement.textContent") == name
+
+
+def test_focus_and_elements_stay_while_the_page_is_renewed(stub: Stub, open_page: Open) -> None:
+    """No flicker: what did not change is the same element; what changed keeps the focus."""
+    page = open_page(stub.url)
+    link = page.locator(".node a", has_text="a100-02")
+    link.focus()
+    page.evaluate("document.querySelectorAll('.node').forEach((el) => { el.old = true; })")
+
+    changed = next(n for n in stub.canned.nodes if n["name"] == "a100-02")
+    changed["gpus"][0].update(slices=[], phase="free")
+    left = sum(len(g["slices"]) for g in changed["gpus"])
+    expect(page.locator('.node[data-key="a100-02"] .slice')).to_have_count(left)
+
+    assert page.evaluate("[...document.querySelectorAll('.node')].filter((el) => !el.old).length") == 1
+    assert page.evaluate("document.activeElement.textContent") == "a100-02"
+
+
+def test_filter_narrows_nodes_and_pods_and_says_so(stub: Stub, open_page: Open) -> None:
+    page = open_page(stub.url)
+    expect(page.locator(".node")).to_have_count(40)
+
+    page.keyboard.press("/")
+    page.keyboard.type("train-xl")
+    expect(page.locator("#pod-table tbody tr")).to_have_count(5)
+    expect(page.locator("#no-nodes")).to_have_text("No node matches the filter.")
+
+    page.keyboard.press("Escape")
+    expect(page.locator(".node")).to_have_count(40)
+
+
+def test_tables_sort_both_ways(stub: Stub, open_page: Open) -> None:
+    page = open_page(stub.url)
+    page.locator("#views label", has_text="Table").click()
+    head = page.locator("#node-table th", has_text="MIG units free")
+
+    head.locator("button").click()
+    expect(head).to_have_attribute("aria-sort", "descending")
+    most = page.locator("#node-table tbody tr td:nth-child(5)").first.text_content()
+    head.locator("button").click()
+    expect(head).to_have_attribute("aria-sort", "ascending")
+
+    assert page.locator("#node-table tbody tr td:nth-child(5)").first.text_content() != most
+
+
+def test_hostile_names_are_only_text(open_page: Open) -> None:
+    """Pod names are the users'; a service in the middle must not be a way into the platform team's browser."""
+    canned = Canned(warnings=[HOSTILE])
+    who = {"uid": HOSTILE, "namespace": HOSTILE, "name": HOSTILE}
+    canned.nodes = [
+        node(HOSTILE, [gpu(0, phase="held", pod=who), gpu(1, phase="withheld", reason=HOSTILE)], reason=HOSTILE)
+    ]
+    canned.pods = [
+        {**pod(HOSTILE, HOSTILE, "held", HOSTILE, HOSTILE, [HOSTILE], HOSTILE), "namespace": HOSTILE},
+        pod("w", HOSTILE, "waiting", HOSTILE, None, [], HOSTILE),
+    ]
+    with Stub(canned) as stub:
+        page = open_page(stub.url)
+        expect(page.locator(".node")).to_have_count(1)
+        page.locator(".node .gpu").first.click()
+        expect(page.locator("#detail-title")).to_have_text(f"{HOSTILE}/{HOSTILE}")
+        page.locator("#detail a", has_text=HOSTILE).first.click()
+        expect(page.locator("#detail-title")).to_have_text(HOSTILE)
+
+        assert page.locator("main img, dialog img, main script, dialog script").count() == 0
+        assert page.title() == "Tangram"
+
+
+def test_an_unreachable_service_is_said_and_its_last_word_kept(open_page: Open) -> None:
+    with Stub(lively()) as stub:
+        page = open_page(stub.url, quiet=False)
+        expect(page.locator(".node")).to_have_count(40)
+    expect(page.locator("#banner")).to_contain_text("does not answer", timeout=15_000)
+    expect(page.locator("#state")).to_contain_text("unreachable")
+    expect(page.locator(".node")).to_have_count(40)
+
+
+def test_a_service_that_is_not_ready_says_what_it_waits_for(stub: Stub, open_page: Open) -> None:
+    stub.canned.ready = False
+    page = open_page(stub.url)
+    expect(page.locator("#banner")).to_contain_text("Waiting for: the pods of the API server")
+
+
+def test_five_thousand_nodes_are_paged_and_searched(open_page: Open) -> None:
+    """A page of 200 is drawn; the filter looks at all."""
+    canned = Canned(nodes=[node(f"node-{i:05d}", [gpu(j) for j in range(8)]) for i in range(5000)])
+    with Stub(canned) as stub:
+        page = open_page(stub.url)
+        expect(page.locator(".node")).to_have_count(200)
+        page.get_by_role("button", name="Next").click()
+        expect(page.locator("#page-words")).to_have_text("nodes 201 to 400 of 5,000")
+        page.fill("#filter", "node-04987")
+        expect(page.locator(".node")).to_have_count(1, timeout=20_000)
+        page.locator(".node a").click()
+        expect(page.locator("#detail-title")).to_have_text("node-04987")
+        expect(page.locator("#detail .board")).to_have_count(8)
+
+
+@pytest.mark.parametrize("width", [400, 768, 1440, 2560])
+def test_nothing_runs_out_of_the_window(stub: Stub, open_page: Open, width: int) -> None:
+    page = open_page(stub.url, viewport={"width": width, "height": 800})
+    expect(page.locator(".node").first).to_be_visible()
+
+    for view in ("Map", "Table", "Pods"):
+        page.locator("#views label", has_text=view).click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, view
+
+
+CONTRAST = """() => {
+    const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+    const rgb = (colour) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data]; };
+    const linear = (v) => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+    const light = ([r, g, b]) => .2126 * linear(r / 255) + .7152 * linear(g / 255) + .0722 * linear(b / 255);
+    const ground = (el) => { for (; el; el = el.parentElement) { const c = rgb(getComputedStyle(el).backgroundColor);
+        if (c[3] > 250) return c; } return [255, 255, 255]; };
+    const poor = [];
+    for (const el of document.querySelectorAll("body *")) {
+        if (![...el.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) || !el.checkVisibility()) continue;
+        if (el.closest(".hidden, .skip, noscript, script")) continue;
+        const [a, b] = [light(rgb(getComputedStyle(el).color)), light(ground(el))].sort((x, y) => y - x);
+        const ratio = (a + .05) / (b + .05);
+        if (ratio < 4.5) poor.push(`${el.className || el.tagName} ${el.textContent.slice(0, 20)} ${ratio.toFixed(2)}`);
+    }
+    return [...new Set(poor)];
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_both_schemes(stub: Stub, open_page: Open, scheme: str) -> None:
+    """WCAG AA: 4.5 to 1 for every text."""
+    page = open_page(stub.url, color_scheme=scheme)
+    expect(page.locator(".node").first).to_be_visible()
+
+    assert page.evaluate(CONTRAST) == []
+    page.goto(f"{stub.url}#node=a100-02")
+    expect(page.locator("#detail")).to_be_visible()
+    assert page.evaluate(CONTRAST) == []
+
+
+def test_every_control_has_a_name(stub: Stub, open_page: Open) -> None:
+    page = open_page(stub.url)
+    expect(page.locator(".node").first).to_be_visible()
+
+    assert _nameless(page) == []
+
+
+def _nameless(page: Page) -> list[str]:
+    found: list[str] = page.evaluate(
+        """() => [...document.querySelectorAll("button, a, input")].filter((el) => !(el.ariaLabel
+            || el.textContent.trim() || el.closest("label")?.textContent.trim() || el.title))
+            .map((el) => el.outerHTML)"""
+    )
+    return found
