@@ -11,10 +11,7 @@ from app.report import Gpu, Instance, Link, NodeReport, Unchanged
 from app.translate import profile_as_asked
 from solver import Device, Geometry, Node, Profile, Slice
 from solver import Gpu as SolverGpu
-
-# Bandwidth of a PCIe path in GB/s both ways, by NVML's common ancestor: nominal gen-4 x16 inside one switch and
-# less with each hop (hardware reference section 2.1; the order matters here, not the figure).
-PCIE_GBS = {"internal": 64, "single": 64, "multiple": 48, "hostbridge": 32, "node": 24, "system": 16}
+from solver.topology import PCIE_GBS
 
 
 @dataclass(slots=True)

@@ -1,0 +1,98 @@
+"""Reports become nodes; age and faults become words."""
+
+import pytest
+
+from app.inventory import Inventory, node_of, users_of
+from app.report import Instance, Mig, NodeReport, Unchanged
+from app.simulate import report_of
+from solver import Device, Slice
+from solver.samples import parse_samples, sample_node
+
+SAMPLES = "8xH100:1,8xA100-mig:1,8xV100:1,8xL40S:1,4xA30-mig:1"
+
+
+@pytest.fixture
+def inventory() -> Inventory:
+    return Inventory(stale_seconds=30)
+
+
+@pytest.mark.parametrize("node", parse_samples(SAMPLES), ids=lambda node: node.name)
+def test_a_report_of_a_sample_reads_back_as_the_sample(node):
+    again = node_of(report_of(node))
+    assert again.links == node.links
+    for seen, made in zip(again.gpus, node.gpus, strict=True):
+        assert (seen.uuid, seen.index, seen.numa, seen.memory_mib) == (
+            made.uuid,
+            made.index,
+            made.numa,
+            made.memory_mib,
+        )
+        assert (seen.geometry is None) == (made.geometry is None)
+
+
+def report(**changes: object) -> NodeReport:
+    return report_of(sample_node("n", "8xA100-mig")).model_copy(update=changes)
+
+
+def test_the_geometry_is_the_reports_not_a_tables():
+    """Case 20 is about tables; here a board reports a profile that no table has."""
+    gpu = report().gpus[0]
+    odd = gpu.mig.profiles[0].model_copy(update={"name": "1g.11gb+me"})
+    changed = gpu.model_copy(update={"mig": Mig(enabled=True, profiles=(odd,))})
+    geometry = node_of(report(gpus=(changed,), links=())).gpus[0].geometry
+    assert geometry is not None
+    assert [profile.name for profile in geometry.profiles] == ["1g.11gb.me"]
+
+
+def test_a_silent_agent_makes_its_node_stale_and_its_next_word_brings_it_back(inventory):
+    inventory.accept(report(boot="b", version=1), now=0)
+    assert inventory.fault("n", now=30) == ""
+    assert "silent for 31 s" in inventory.fault("n", now=31)
+    assert inventory.beat(Unchanged(node="n", boot="b", version=1), now=40)
+    assert inventory.fault("n", now=41) == ""
+
+
+def test_a_version_that_we_do_not_hold_is_asked_for(inventory):
+    assert not inventory.beat(Unchanged(node="n", boot="b", version=1), now=0)
+    inventory.accept(report(boot="b", version=1), now=0)
+    assert not inventory.beat(Unchanged(node="n", boot="b", version=2), now=0)
+    assert not inventory.beat(Unchanged(node="n", boot="restarted", version=1), now=0)
+
+
+def test_a_file_never_goes_stale(inventory):
+    inventory.accept(report(), now=0, lasting=True)
+    assert inventory.fault("n", now=1e9) == ""
+
+
+def test_an_agent_that_cannot_read_nvml_says_so(inventory):
+    inventory.accept(report(error="stale since 12:00"), now=0)
+    assert "stale since 12:00" in inventory.fault("n", now=0)
+
+
+def test_a_node_without_a_report_has_a_reason(inventory):
+    assert "no agent" in inventory.fault("nobody", now=0)
+
+
+def test_bad_gpus_hidden_instances_and_pending_modes_are_withheld_in_words():
+    first, second, third, *rest = report().gpus
+    assert first.mig is not None
+    hidden = Instance(profile="1g.10gb", gi_id=3)
+    gpus = (
+        first.model_copy(update={"health": "bad", "health_reason": "lost"}),
+        second.model_copy(update={"mig": first.mig.model_copy(update={"instances": (hidden,)})}),
+        third.model_copy(update={"mig": first.mig.model_copy(update={"pending": False})}),
+        *rest,
+    )
+    words = [gpu.withheld for gpu in node_of(report(gpus=gpus)).gpus]
+    assert "lost" in words[0]
+    assert "not privileged" in words[1]
+    assert "next reset" in words[2]
+    assert not any(words[3:])
+
+
+def test_who_uses_which_device_is_read_from_the_report():
+    gpu = report().gpus[0]
+    assert gpu.mig is not None
+    instance = Instance(profile="3g.40gb", gi_id=1, start=4, size=4, pods=("u",))
+    used = gpu.model_copy(update={"mig": gpu.mig.model_copy(update={"instances": (instance,)})})
+    assert users_of(report(gpus=(used,), links=())) == {Device(gpu.uuid, Slice("3g.40gb", 4)): frozenset({"u"})}
