@@ -9,7 +9,7 @@ import copy
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
-from app.errors import Conflict, Gone, NotFound, Unknown
+from app.errors import Conflict, Gone, NotFound, Refused, Unknown
 from app.kube import Event, Json, Listed
 
 Fault = Callable[[str], Awaitable[None] | None]
@@ -127,7 +127,9 @@ class FakeKube:
     ) -> str:
         async with self._around("annotate_pod", timeout):
             pod = copy.deepcopy(self._existing("pods", f"{namespace}/{name}"))
-            self._check(pod, uid, resource_version)
+            if uid != pod["metadata"]["uid"]:
+                raise Refused(f"metadata.uid: {uid}: field is immutable")
+            self._check(pod, "", resource_version)
             _annotate(pod, annotations)
             return str(self._put("pods", f"{namespace}/{name}", pod, "MODIFIED")["metadata"]["resourceVersion"])
 
