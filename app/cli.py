@@ -191,6 +191,38 @@ def demo(
     raise typer.Exit(status)
 
 
+# ------------------------------------------------------------------------------------------------------ installing
+
+
+@app.command()
+def certs(
+    out: Annotated[Path, typer.Option(help="Folder for the PEM files.")] = Path("certs"),
+    dns: Annotated[list[str] | None, typer.Option(help="One more name of the service; may be repeated.")] = None,
+    ip: Annotated[list[str] | None, typer.Option(help="One more address of the service; may be repeated.")] = None,
+    days: Annotated[int | None, typer.Option(help="How long the certificates are good for (default 365).")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Namespace of the service (default tangram-system).")] = None,
+    secret: Annotated[str | None, typer.Option(help="Also write two Secrets with names that begin like this.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace certificates that are there, under the same CA.")] = False,
+) -> None:
+    """Make a CA, the service's certificate and kube-scheduler's client certificate."""
+    from app.certs import CERTIFICATE_DAYS, NAMESPACE, create_certificates
+    from app.errors import TangramError
+
+    try:
+        written = create_certificates(
+            out,
+            dns=dns or (),
+            ips=ip or (),
+            days=CERTIFICATE_DAYS if days is None else days,
+            namespace=namespace or NAMESPACE,
+            secret=secret,
+            force=force,
+        )
+    except TangramError as problem:
+        raise Failed(str(problem)) from None
+    typer.echo("\n".join(str(file) for file in written))
+
+
 # ------------------------------------------------------------------------------------------------- asking a service
 
 
