@@ -1,6 +1,6 @@
 """Tiny worlds for tests, in one line each. Shared by all tests; nothing random here (see strategies)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from solver.cluster import Device, Gpu, Node, Snapshot
@@ -8,14 +8,18 @@ from solver.demand import Ask, Demand, Problem
 from solver.geometry import Geometry, Slice
 from solver.products import product
 
-A30 = product("A30-24").geometry
-A100 = product("A100-80").geometry
-H100 = product("H100-80").geometry
-RTX = product("RTXPRO6000-96").geometry
-assert A30 is not None
-assert A100 is not None
-assert H100 is not None
-assert RTX is not None
+
+def geometry_of(key: str) -> Geometry:
+    """How this product can be cut."""
+    geometry = product(key).geometry
+    assert geometry is not None
+    return geometry
+
+
+A30 = geometry_of("A30-24")
+A100 = geometry_of("A100-80")
+H100 = geometry_of("H100-80")
+RTX = geometry_of("RTXPRO6000-96")
 
 
 def gpu(name: str, index: int = 0, **fields: object) -> Gpu:
@@ -59,7 +63,7 @@ def slices(gpus: int = 0, **counts: int) -> Demand:
 
 
 def problem(
-    nodes: Sequence[Node], demands: Sequence[Demand], taken: dict[str, tuple[Device, ...]] | None = None
+    nodes: Sequence[Node], demands: Sequence[Demand], taken: Mapping[str, tuple[Device, ...]] | None = None
 ) -> Problem:
     """Asks a, b, c, … on these nodes."""
     asks = tuple(Ask(f"ask-{i}", demand) for i, demand in enumerate(demands))

@@ -93,7 +93,7 @@ def profiles_of(*nodes: Node) -> list[str]:
 def simple_demands(draw: st.DrawFn, *nodes: Node) -> Demand:
     """Whole GPUs, or one slice."""
     profiles = profiles_of(*nodes)
-    if profiles and draw(st.booleans()):
+    if draw(st.booleans()) and profiles:
         return Demand.of(**{draw(st.sampled_from(profiles)): 1})
     return Demand.of(draw(st.integers(1, 4)))
 
@@ -102,6 +102,6 @@ def simple_demands(draw: st.DrawFn, *nodes: Node) -> Demand:
 def demands(draw: st.DrawFn, *nodes: Node) -> Demand:
     """Whole GPUs and slices of one or two kinds, alone or together, three parts at most."""
     profiles = profiles_of(*nodes) or ["1g.10gb"]
-    parts = draw(st.lists(st.sampled_from(profiles), max_size=3))
+    parts: list[str] = draw(st.lists(st.sampled_from(profiles), max_size=3))
     gpus = draw(st.integers(0 if parts else 1, 3))
     return Demand.of(gpus, **{profile: parts.count(profile) for profile in parts})

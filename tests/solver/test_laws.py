@@ -1,12 +1,13 @@
 """What must hold in every small world, tried by Hypothesis against brute force."""
 
 from dataclasses import replace
+from random import Random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solver.cluster import Device, Node, Snapshot
-from solver.demand import Ask, Problem
+from solver.demand import Ask, Demand, Problem
 from solver.fits import refusal
 from solver.flow import solve
 from solver.goals import DEFAULT_POLICY, Policy, plain_prices, value
@@ -18,11 +19,13 @@ from tests import strategies
 from tests.solver import brute
 
 TIERED = Policy("links first", ((("links", 1), ("numa", 2)), (("value", 3), ("repartition", 1))))
+World = tuple[Node, tuple[Device, ...], Demand]
 LAW = settings(max_examples=100, deadline=None)
 
 
 @st.composite
-def node_and_demand(draw: st.DrawFn, real: bool) -> tuple[Node, tuple[Device, ...], object]:
+def node_and_demand(draw: st.DrawFn, real: bool) -> World:
+    """A node, what is taken on it, and a demand."""
     node = draw(strategies.nodes(real=real))
     return node, draw(strategies.taken_on(node)), draw(strategies.demands(node))
 
@@ -38,7 +41,7 @@ def problems(draw: st.DrawFn, real: bool) -> Problem:
 
 @given(st.booleans().flatmap(node_and_demand), st.sampled_from((DEFAULT_POLICY, TIERED)))
 @LAW
-def test_no_legal_placement_on_a_node_is_cheaper_than_the_one_quoted(world, policy):
+def test_no_legal_placement_on_a_node_is_cheaper_than_the_one_quoted(world: World, policy: Policy) -> None:
     """The one-pod answer is the optimum of its node, for whole GPUs, slices, and both together."""
     node, taken, demand = world
     found = quote(node, taken, demand, policy)
@@ -56,7 +59,7 @@ def test_no_legal_placement_on_a_node_is_cheaper_than_the_one_quoted(world, poli
 
 @given(st.booleans().flatmap(node_and_demand))
 @LAW
-def test_a_refusal_is_given_exactly_where_nothing_is_legal(world):
+def test_a_refusal_is_given_exactly_where_nothing_is_legal(world: World) -> None:
     """Four ways to ask whether it fits agree, one of them knowing neither steps nor prices."""
     node, taken, demand = world
     fits = quote(node, taken, demand) is not None
@@ -71,7 +74,7 @@ def test_a_refusal_is_given_exactly_where_nothing_is_legal(world):
 
 @given(st.booleans().flatmap(problems), st.sampled_from((DEFAULT_POLICY, TIERED)))
 @LAW
-def test_the_joint_plan_is_the_best_of_all_plans(problem, policy):
+def test_the_joint_plan_is_the_best_of_all_plans(problem: Problem, policy: Policy) -> None:
     """Flow and brute force agree on cost; the plan is legal and its prices are the plain counts."""
     plan = solve(problem, policy)
 
@@ -82,7 +85,7 @@ def test_the_joint_plan_is_the_best_of_all_plans(problem, policy):
 
 @given(st.booleans().flatmap(problems), st.data())
 @LAW
-def test_a_plan_with_coupled_asks_is_legal_and_leaves_nothing_that_fits(problem, data):
+def test_a_plan_with_coupled_asks_is_legal_and_leaves_nothing_that_fits(problem: Problem, data: st.DataObject) -> None:
     """Asks of several parts go first, one by one; then nothing that stays unplaced may have a legal step."""
     coupled = data.draw(st.lists(strategies.demands(*problem.snapshot.nodes), max_size=2))
     asks = (*problem.asks, *(Ask(f"coupled-{i}", demand) for i, demand in enumerate(coupled)))
@@ -99,7 +102,7 @@ def test_a_plan_with_coupled_asks_is_legal_and_leaves_nothing_that_fits(problem,
 
 @given(problems(real=True))
 @LAW
-def test_a_plan_made_under_no_time_is_legal_and_leaves_nothing_that_fits(problem):
+def test_a_plan_made_under_no_time_is_legal_and_leaves_nothing_that_fits(problem: Problem) -> None:
     """Out of time, the one-pod path fills what the model left."""
     plan = solve(problem, deterministic_limit=0.0)
 
@@ -109,7 +112,7 @@ def test_a_plan_made_under_no_time_is_legal_and_leaves_nothing_that_fits(problem
 
 @given(problems(real=True))
 @LAW
-def test_names_and_order_of_nodes_change_no_cost(problem):
+def test_names_and_order_of_nodes_change_no_cost(problem: Problem) -> None:
     """Equal nodes are equal, whatever they are called and wherever they stand."""
     renamed = {node.name: f"z{node.name}" for node in problem.snapshot.nodes}
     nodes = tuple(replace(node, name=renamed[node.name]) for node in reversed(problem.snapshot.nodes))
@@ -120,7 +123,7 @@ def test_names_and_order_of_nodes_change_no_cost(problem):
 
 @given(st.booleans().flatmap(node_and_demand), st.randoms(use_true_random=False))
 @LAW
-def test_the_order_of_gpus_changes_no_price(world, random):
+def test_the_order_of_gpus_changes_no_price(world: World, random: Random) -> None:
     """A board is its links, not its numbering."""
     node, taken, demand = world
     order = list(range(len(node.gpus)))
@@ -133,7 +136,7 @@ def test_the_order_of_gpus_changes_no_price(world, random):
 
 @given(st.booleans().flatmap(node_and_demand))
 @LAW
-def test_a_pod_that_is_removed_and_placed_again_costs_the_same(world):
+def test_a_pod_that_is_removed_and_placed_again_costs_the_same(world: World) -> None:
     """A state has no memory: values depend on what is free only."""
     node, taken, demand = world
     first = quote(node, taken, demand)
@@ -150,11 +153,11 @@ def test_a_pod_that_is_removed_and_placed_again_costs_the_same(world):
 
 @given(st.data())
 @settings(max_examples=30, deadline=None)
-def test_the_tables_are_what_a_fresh_look_would_give_after_any_changes(data):
+def test_the_tables_are_what_a_fresh_look_would_give_after_any_changes(data: st.DataObject) -> None:
     """Puts and removals in any order; each changes its own node's entries only."""
     ranking = Ranking()
     world: dict[str, tuple[Node, tuple[Device, ...]]] = {}
-    known = []
+    known: list[Demand] = []
     for _ in range(data.draw(st.integers(1, 8))):
         name = data.draw(st.sampled_from("abc"))
         before = ranking.quoted
