@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 INTERVAL_SECONDS = 5.0
 """Between looks, and so how long a change on the node may stay unknown. A quiet look costs a few milliseconds."""
 
-RETRY_SECONDS = (1.0, 60.0)
-"""After a report that failed: the first wait, doubled each time up to the last."""
+RETRY_SECONDS = (1.0, 15.0)
+"""After a report that failed: the first wait, doubled each time up to the last. The last is what a node stays unknown
+for after a long outage of the service; 5,000 agents then ask 300 times a second."""
 
 JITTER = 0.1
 """Part of each wait that is random, so that a thousand agents that start together drift apart."""

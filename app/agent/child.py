@@ -149,12 +149,14 @@ class Child:
 
     def _start(self) -> None:
         command = [sys.executable, "-m", "app.agent.child", json.dumps(self._roots)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0)  # noqa: S603 — ourselves
         self._answered, self._asked_at, self._buffer = False, None, b""
         log.info("NVML runs in process %d", self._process.pid)
 
     def _ask(self) -> bool:
-        assert self._process is not None and self._process.stdin is not None
+        assert self._process is not None
+        assert self._process.stdin is not None
         try:
             self._process.stdin.write(b"read\n")
         except OSError:
@@ -163,7 +165,8 @@ class Child:
 
     def _line(self, wait_seconds: float) -> bytes | None:
         """The child's next line, b"" when it has ended, None when there is none yet."""
-        assert self._process is not None and self._process.stdout is not None
+        assert self._process is not None
+        assert self._process.stdout is not None
         pipe = self._process.stdout.fileno()
         until = self._clock() + wait_seconds
         while b"\n" not in self._buffer:

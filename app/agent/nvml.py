@@ -4,8 +4,8 @@
 
 A failure that concerns one GPU is caught at that GPU and said in words; the others are read. A symbol that the
 library lacks means an old driver: the fact stays unknown and the reading goes on. Calls may block for ever in a
-wedged driver and Python cannot interrupt them, so this runs in a process of its own (`child`). Numbers of calls,
-struct versions and traps: NVML's header 13.3 and `docs`; NVML's "MB" is MiB throughout.
+wedged driver and Python cannot interrupt them, so this runs in a process of its own (`child`). Struct
+versions and rules follow nvml.h 13.3; what NVML calls MB is MiB.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def node(kind: str = "8xH100") -> NodeDescription:
 
 
 def cut_a100() -> NodeDescription:
-    """An A100-40 in MIG mode: a 3g at 4 with a process, a 1g in two halves of history, a GPU instance without compute."""
+    """An A100-40 in MIG mode: a 3g at 4, a 1g at 0, and a GPU instance without compute."""
     instances = (
         Instance(id=2, profile="3g.20gb", start=4, uuid="MIG-aaaa", mig_index=0),
         Instance(id=9, profile="1g.5gb", start=0, uuid="MIG-bbbb", mig_index=3),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,7 +29,6 @@ NVLINK_GBS_BOTH_WAYS = {"volta": 50, "ampere": 50, "hopper": 50, "blackwell": 10
 NVML_MAX_LINKS = 36
 REMOTE_GPU, REMOTE_SWITCH, REMOTE_UNKNOWN = 0, 2, 255
 RESERVED_MIB = 512
-NO_PLACE = "-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +298,3 @@ def _instances(gpu: Gpu) -> tuple[Instance, ...]:
         )
         for number, slice_ in enumerate(reversed(gpu.instances))
     )
-
-
-Change = Callable[[NodeDescription], NodeDescription]

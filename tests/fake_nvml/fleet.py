@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -81,7 +82,7 @@ class Fleet:
     ) -> None:
         self.close()
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._pids)
 
     def start(self, node: Node | str, description: NodeDescription | None = None) -> int:
@@ -149,7 +150,8 @@ class Fleet:
         return _description(self._directory, name)
 
     def _tell(self, order: dict[str, str]) -> dict[str, Any]:
-        assert self._nursery.stdin is not None and self._nursery.stdout is not None
+        assert self._nursery.stdin is not None
+        assert self._nursery.stdout is not None
         self._nursery.stdin.write(json.dumps(order).encode() + b"\n")
         self._nursery.stdin.flush()
         line = self._nursery.stdout.readline()
@@ -199,16 +201,15 @@ def _nursery(options: argparse.Namespace) -> None:
     gc.collect()
     gc.freeze()  # the collector must not touch, and so copy, the pages that the forks share
     directory: Path = options.directory
-    reader = sys.stdin.buffer.raw  # type: ignore[attr-defined]
     pending = b""
     while True:
-        ready, _, _ = select.select([reader], [], [], 0.2)
+        ready, _, _ = select.select([0], [], [], 0.2)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         if not ready:
             continue
-        piece = reader.read(1 << 16)
+        piece = os.read(0, 1 << 16)
         if not piece:
             return
         *lines, pending = (pending + piece).split(b"\n")
