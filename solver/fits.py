@@ -92,17 +92,23 @@ CHECKS = (has_gpus, offers_the_profiles, has_that_many_gpus, enough_free, a_lega
 def refusal(node: Node, taken: Iterable[Device], demand: Demand) -> Refusal | None:
     """Why this node cannot take the demand now; None if it can."""
     taken = tuple(taken)
-    room = read(node, taken)
+    return refusal_in(read(node, taken), taken, demand)
+
+
+def refusal_in(room: Room, taken: tuple[Device, ...], demand: Demand) -> Refusal | None:
+    """The same where the node has been read already."""
     for check in CHECKS:
         reason = check(demand, room, taken)
         if reason is not None:
-            return Refusal(reason, _would_fit_empty(node, demand))
+            return Refusal(reason, _would_fit_empty(room, demand))
     return None
 
 
-def _would_fit_empty(node: Node, demand: Demand) -> bool:
+def _would_fit_empty(room: Room, demand: Demand) -> bool:
     """Whether the demand would fit if nothing were held. What exists on the boards stays, idle."""
-    return cheapest_on(read(node).state, demand, DEFAULT_POLICY) is not None
+    if sum(not gpu.withheld for gpu in room.whole_gpus) < demand.gpus:
+        return False
+    return not demand.slices or cheapest_on(read(room.node).state, demand, DEFAULT_POLICY) is not None
 
 
 def _gpus(count: int, kind: str = "") -> str:

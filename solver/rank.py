@@ -1,10 +1,10 @@
 """One pod, now: the cheapest step over all nodes, from tables kept up to date as nodes change.
 
-    put(node, taken) ──▶ its state ──▶ one row of prices per state, shared by all nodes in it
-                            └──▶ for each known demand: name → price      (this node's entries only)
+    put(node, taken) ──▶ its state ──▶ marked as changed in the table of each known demand
+    prices(demand)   ──▶ the nodes changed since last time, each from its state's row ──▶ name → price
 
-Work grows with changes: a put looks at one node, a known demand costs nothing until then, and equal nodes
-share what was worked out for one of them.
+Work grows with changes: a put looks at one node, asking again costs nothing until then, and equal nodes share
+what was worked out for one of them (a row of prices for each state).
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from solver.cluster import Device, Gpu, Node
 from solver.demand import Demand
-from solver.fits import Refusal, refusal
-from solver.goals import DEFAULT_POLICY, Policy, cheapest, offers, prices_of
+from solver.fits import Refusal, refusal_in
+from solver.goals import DEFAULT_POLICY, Policy, offers, prices_of
 from solver.pack import cheapest_on, is_one_slice, pack
 from solver.plan import Placement
-from solver.steps import Room, RoomState, Step, read, whole_steps
+from solver.steps import Room, RoomState, Step, Whole, read, whole_steps
 
 KNOWN_DEMANDS = 256
 """Demands whose tables are kept up; the one not asked for longest goes first."""
@@ -61,12 +62,19 @@ def _place(room: Room, demand: Demand, policy: Policy) -> Placement | None:
 
 
 def _place_whole(room: Room, gpus: int, policy: Policy) -> tuple[Step, list[Device]] | None:
-    least = cheapest(room.whole, gpus, policy)
-    if least is None:
+    equal = _cheapest_whole(room.whole, gpus, policy)
+    if not equal:
         return None
-    equal = [step for step in whole_steps(room.whole, gpus) if policy.total(prices_of((step,))) == least]
     step = min(equal, key=lambda step: [gpu.index for gpu in gpus_of(room, step)])
     return step, [Device(gpu.uuid) for gpu in gpus_of(room, step)]
+
+
+@lru_cache(maxsize=16384)
+def _cheapest_whole(state: Whole, gpus: int, policy: Policy) -> tuple[Step, ...]:
+    """All steps at the lowest price."""
+    priced = [(policy.total(prices_of((step,))), step) for step in whole_steps(state, gpus)]
+    least = min((price for price, _ in priced), default=0)
+    return tuple(step for price, step in priced if price == least)
 
 
 def gpus_of(room: Room, step: Step) -> list[Gpu]:
@@ -102,14 +110,21 @@ def _place_slices(
 class _Entry:
     """What the ranking knows of one node."""
 
-    node: Node
+    room: Room
     taken: tuple[Device, ...]
-    state: RoomState
     refusals: dict[Demand, Refusal | None] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class _Table:
+    """The prices of one demand by node, and the nodes that have changed since they were last asked for."""
+
+    prices: dict[str, int] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+
+
 class Ranking:
-    """Every node's price for every known demand. Changed only by `put` and `remove`; never blocks.
+    """Every node's price for every known demand. Changed by `put` and `remove` only; never blocks.
 
     `quoted` counts the entries (node × demand) that were worked out or looked up again, for tests and
     metrics: it grows with changes, never with nodes × pods.
@@ -119,44 +134,51 @@ class Ranking:
         self.policy = policy
         self.quoted = 0
         self._nodes: dict[str, _Entry] = {}
-        self._tables: OrderedDict[Demand, dict[str, int]] = OrderedDict()
+        self._tables: OrderedDict[Demand, _Table] = OrderedDict()
         self._rows: OrderedDict[RoomState, dict[Demand, int | None]] = OrderedDict()
 
     def put(self, node: Node, taken: Iterable[Device] = ()) -> None:
-        """The node is now like this. Only its entries change, none if it can do what it could before."""
+        """The node is now like this. Only its own entries change, and none if it can do what it could before.
+
+        They are marked here and brought up to date when their demand is next asked for.
+        """
         taken = tuple(taken)
-        state = read(node, taken).state
+        room = read(node, taken)
         before = self._nodes.get(node.name)
-        self._nodes[node.name] = _Entry(node, taken, state)
-        if before is not None and before.state == state:
-            return
-        row = self._row(state)
-        for demand, table in self._tables.items():
-            self._enter(table, node.name, state, row, demand)
+        self._nodes[node.name] = _Entry(room, taken)
+        if before is None or before.room.state != room.state:
+            for table in self._tables.values():
+                table.changed.add(node.name)
 
     def remove(self, name: str) -> None:
         """The node is gone, or not to be offered."""
         if self._nodes.pop(name, None) is not None:
             for table in self._tables.values():
-                table.pop(name, None)
+                table.prices.pop(name, None)
+                table.changed.discard(name)
 
     def prices(self, demand: Demand) -> Mapping[str, int]:
         """The nodes that can take the demand now, by name, each with its total price. Do not change it."""
         table = self._tables.get(demand)
         if table is None:
-            table = self._tables[demand] = {}
-            for name, entry in self._nodes.items():
-                self._enter(table, name, entry.state, self._row(entry.state), demand)
+            table = self._tables[demand] = _Table(changed=set(self._nodes))
             if len(self._tables) > KNOWN_DEMANDS:
                 self._tables.popitem(last=False)
         else:
             self._tables.move_to_end(demand)
-        return table
+        for name in table.changed:
+            least = self._quote(self._nodes[name].room.state, demand)
+            if least is None:
+                table.prices.pop(name, None)
+            else:
+                table.prices[name] = least
+        table.changed.clear()
+        return table.prices
 
     def best(self, demand: Demand, name: str) -> Placement | None:
         """The exact devices for the demand on this node; None if it does not fit or there is no such node."""
         entry = self._nodes.get(name)
-        return None if entry is None else quote(entry.node, entry.taken, demand, self.policy)
+        return None if entry is None else _place(entry.room, demand, self.policy)
 
     def refusal(self, demand: Demand, name: str) -> Refusal | None:
         """Why the node cannot take the demand; None if it can. Remembered until the node changes."""
@@ -166,10 +188,12 @@ class Ranking:
         if demand not in entry.refusals:
             if len(entry.refusals) >= KNOWN_REFUSALS:
                 entry.refusals.clear()
-            entry.refusals[demand] = refusal(entry.node, entry.taken, demand)
+            entry.refusals[demand] = refusal_in(entry.room, entry.taken, demand)
         return entry.refusals[demand]
 
-    def _row(self, state: RoomState) -> dict[Demand, int | None]:
+    def _quote(self, state: RoomState, demand: Demand) -> int | None:
+        """The least price on a node in this state, from its row."""
+        self.quoted += 1
         row = self._rows.get(state)
         if row is None:
             row = self._rows[state] = {}
@@ -177,24 +201,8 @@ class Ranking:
                 self._rows.popitem(last=False)
         else:
             self._rows.move_to_end(state)
-        return row
-
-    def _enter(
-        self,
-        table: dict[str, int],
-        name: str,
-        state: RoomState,
-        row: dict[Demand, int | None],
-        demand: Demand,
-    ) -> None:
-        self.quoted += 1
-        if demand in row:
-            least = row[demand]
-        else:
+        if demand not in row:
             if len(row) >= 2 * KNOWN_DEMANDS:
                 row.clear()
-            least = row[demand] = cheapest_on(state, demand, self.policy)
-        if least is None:
-            table.pop(name, None)
-        else:
-            table[name] = least
+            row[demand] = cheapest_on(state, demand, self.policy)
+        return row[demand]
