@@ -14,7 +14,7 @@ Every verb may be called twice, in any order, and for pods that are never heard 
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from app.errors import Conflict, KubeError, NotFound, Refused
@@ -125,15 +125,16 @@ class Extender:
         pod = self._pod(args.pod)
         if isinstance(pod, NotNow) or isinstance(pod.ask, Malformed) or not pod.ask:
             return []
-        offers = self._offers.ranked(pod.ask, args.names, uid=pod.ref.uid)
-        if not offers:
+        priced = self._offers.priced(pod.ask, args.names, uid=pod.ref.uid)
+        scores = _scores(priced.promised, first_rank=1)
+        scores |= _scores(priced.free, first_rank=1 + len(set(priced.promised.values())))
+        if not scores:
             return []
-        self._propose(pod, pod.ask, offers[0].node)
-        levels = sorted({(offer.soft, -offer.price) for offer in offers})
-        rank = {level: position for position, level in enumerate(levels, start=1)}
-        scores = [(offer.node, RANK_STEP * rank[offer.soft, -offer.price]) for offer in offers]
-        scores[0] = (scores[0][0], scores[0][1] + 1)
-        return scores
+        highest = max(scores.values())
+        first = min(name for name, score in scores.items() if score == highest)
+        self._propose(pod, pod.ask, first)
+        scores[first] += 1
+        return list(scores.items())
 
     def _propose(self, pod: Pod, demand: Demand, node: str) -> None:
         best = self._offers.best(demand, node, uid=pod.ref.uid)
@@ -441,6 +442,13 @@ def summary(reasons: Sequence[str]) -> str:
     parts = [f"{count} node{'s' if count != 1 else ''}: {reason}" for reason, count in counted[:REASONS_KEPT]]
     more = len(counted) - REASONS_KEPT
     return "; ".join(parts) + (f"; and {more} other reasons" if more > 0 else "")
+
+
+def _scores(prices: Mapping[str, int], *, first_rank: int) -> dict[str, int]:
+    """1000 × the rank of each price, the highest price at `first_rank`; equal prices have one rank."""
+    dearest_first = sorted(set(prices.values()), reverse=True)
+    score = {price: RANK_STEP * rank for rank, price in enumerate(dearest_first, start=first_rank)}
+    return {name: score[price] for name, price in prices.items()}
 
 
 def _only(hold: Hold, names: Sequence[str]) -> Filtered:

@@ -17,12 +17,11 @@ View = tuple[Node, tuple[Device, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
-    """One node's answer to a demand. `soft` is false where only devices promised to others would do."""
+class Priced:
+    """What a demand costs by node. `promised`: only devices that are softly promised to others would do."""
 
-    node: str
-    price: int
-    soft: bool = True
+    free: dict[str, int]
+    promised: dict[str, int]
 
 
 class Offers:
@@ -108,22 +107,19 @@ class Offers:
             return Refusal(fault, resolvable=False)
         return self._ranking.refusal(demand, name) or Refusal(f"fits {demand} after all; ask again")
 
-    def ranked(self, demand: Demand, names: Iterable[str], *, uid: str) -> list[Offer]:
-        """Fitting nodes, cheapest first, then by name; those that only fit on softly promised devices come last."""
+    def priced(self, demand: Demand, names: Iterable[str], *, uid: str) -> Priced:
+        """The price of each fitting node; apart from them those that fit on softly promised devices only."""
         prices = self._ranking.prices(demand)
-        contested = self._ledger.nodes_with_proposals()
-        offers = []
-        for name in names:
-            price = prices.get(name)
-            if price is None:
-                continue
-            if name in contested:
+        free = {name: prices[name] for name in names if name in prices}
+        promised: dict[str, int] = {}
+        for name in self._ledger.nodes_with_proposals():
+            if name in free:
                 softly = self._soft_price(demand, name, uid=uid)
-                offers.append(Offer(name, price, soft=False) if softly is None else Offer(name, softly))
-            else:
-                offers.append(Offer(name, price))
-        offers.sort(key=lambda offer: (not offer.soft, offer.price, offer.node))
-        return offers
+                if softly is None:
+                    promised[name] = free.pop(name)
+                else:
+                    free[name] = softly
+        return Priced(free, promised)
 
     def best(self, demand: Demand, name: str, *, uid: str) -> Placement | Refusal:
         """Exact devices on this node: its own earlier proposal if it still stands, else the best step, softly first."""
