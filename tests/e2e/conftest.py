@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-LOG_LINES = 60
+LOG_LINES = 40
+LINE_LENGTH = 300
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -21,5 +22,5 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
     for stack in Stack.live:
         for name, text in stack.logs().items():
-            tail = "\n".join(text.splitlines()[-LOG_LINES:])
+            tail = "\n".join(line[:LINE_LENGTH] for line in text.splitlines()[-LOG_LINES:])
             report.sections.append((f"the end of {name}'s log", tail))

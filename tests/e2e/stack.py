@@ -27,15 +27,15 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import httpx
 import yaml
-from app.manifests import scheduler_configuration
 
 from app.certs import create_certificates
+from app.manifests import Form, scheduler_configuration
 from app.report import NodeReport
 from app.simulate import report_of
 from solver import Node
 from tests.e2e.cluster import SCHEDULER, Cluster, free_port, open_cluster
 from tests.e2e.nodes import KubernetesObject, gpu_node, gpu_pod
-from tests.fake_nvml.describe import Process, describe
+from tests.fake_nvml.describe import NodeDescription, Process, describe
 from tests.fake_nvml.fleet import Fleet
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -108,7 +108,7 @@ class Stack:
         *,
         knobs: Knobs | None = None,
         agents: Callable[[Stack, str], Agents] | None = None,
-        form: str | None = "first-scheduler",
+        form: Form | None = "first",
         gateways: bool = False,
         service: bool = True,
     ) -> None:
@@ -131,6 +131,12 @@ class Stack:
         """The first service."""
         return self.services[SERVICE]
 
+    @property
+    def real_agents(self) -> RealAgents:
+        """The agents, where they are real ones."""
+        assert isinstance(self.agents, RealAgents)
+        return self.agents
+
     # -- up and down ----------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
@@ -151,8 +157,7 @@ class Stack:
     def _start(self) -> None:
         self.cluster: Cluster = self._closing.enter_context(open_cluster())
         self.namespace, self.account = self._apply_manifests()
-        self.certificates = self.cluster.directory / "certificates"
-        create_certificates(self.certificates, ips=("127.0.0.1",), namespace=self.namespace)
+        self.certificates = self._make_certificates()
         self.cluster.add_nodes(kubernetes_node(node) for node in self.nodes)
         if self._with_gateways:
             self.api_gateway = self._closing.enter_context(Gateway(_port_of(self.cluster.api_url)))
@@ -183,6 +188,15 @@ class Stack:
         self.cluster.kubectl("apply", "-f", "-", input=yaml.safe_dump_all(chosen))
         deployment = next(each for each in objects if each["kind"] == "Deployment")
         return deployment["metadata"]["namespace"], deployment["spec"]["template"]["spec"]["serviceAccountName"]
+
+    def _make_certificates(self) -> Path:
+        """What `tangram certs` makes; `client/` has kube-scheduler's under the names of a mounted Secret."""
+        directory = self.cluster.directory / "certificates"
+        create_certificates(directory, ips=("127.0.0.1",), namespace=self.namespace)
+        (directory / "client").mkdir()
+        for name, file in {"tls.crt": "client.crt", "tls.key": "client.key", "ca.crt": "ca.crt"}.items():
+            (directory / "client" / name).symlink_to(directory / file)
+        return directory
 
     def _service_kubeconfig(self) -> Path:
         """A kubeconfig with which the service is its own service account, under the shipped RBAC."""
@@ -229,29 +243,27 @@ class Stack:
     # -- kube-scheduler -------------------------------------------------------------------------------
 
     def start_scheduler(
-        self, form: str | None = None, *, name: str = SCHEDULER, service: Service | None = None
+        self, form: Form | None = None, *, name: str = SCHEDULER, service: Service | None = None
     ) -> None:
         """Start a kube-scheduler with the shipped configuration of that form."""
-        self.cluster.start_scheduler(self.scheduler_configuration(form or "first-scheduler", service), name=name)
+        self.cluster.start_scheduler(self.scheduler_configuration(form or "first", service), name=name)
 
-    def scheduler_configuration(self, form: str, service: Service | None = None) -> dict[str, Any]:
-        """What `tangram manifests` generates, with this machine's address and files in it."""
-        whole: dict[str, Any] = yaml.safe_load(scheduler_configuration(form))
-        (extender,) = whole["extenders"]
+    def scheduler_configuration(self, form: Form, service: Service | None = None) -> dict[str, Any]:
+        """What `tangram manifests` generates for this machine's address and files."""
         port = (service or self.service).extender_port
         if self._with_gateways and service is None:
             port = self.extender_gateway.port
-        extender["urlPrefix"] = f"https://127.0.0.1:{port}"
-        files = {"certFile": "client.crt", "keyFile": "client.key", "caFile": "ca.crt"}
-        extender["tlsConfig"] = {key: str(self.certificates / file) for key, file in files.items()}
-        return whole
+        url = f"https://127.0.0.1:{port}"
+        return scheduler_configuration(
+            form, url=url, namespace=self.namespace, tls_directory=str(self.certificates / "client")
+        )
 
     def scheduler_name(self) -> str:
         """What pods say in `schedulerName` to be scheduled with us."""
         if self.form is None:
             return "default-scheduler"
-        profiles = yaml.safe_load(scheduler_configuration(self.form)).get("profiles") or [{}]
-        return str(profiles[0].get("schedulerName", "default-scheduler"))
+        (profile,) = scheduler_configuration(self.form)["profiles"]
+        return str(profile["schedulerName"])
 
     # -- looking --------------------------------------------------------------------------------------
 
@@ -506,6 +518,16 @@ class RealAgents:
         self._descriptions[node] = self._descriptions[node].with_gpu(index, processes=tuple(processes))
         self.fleet.describe(node, self._descriptions[node])
 
+    def change(self, node: str, change: Callable[[NodeDescription], NodeDescription]) -> None:
+        """The node itself changes (a GPU is lost, say); its agent sees it at its next look."""
+        self._descriptions[node] = change(self._descriptions[node])
+        self.fleet.describe(node, self._descriptions[node])
+
+    def restart(self, node: str) -> None:
+        """The agent is killed and started again; it has forgotten what it knew."""
+        self.fleet.stop(node)
+        self.fleet.start(node)
+
 
 def real_agents(stack: Stack, url: str) -> Agents:
     """Real agents, each loading the fake NVML library."""
@@ -517,10 +539,14 @@ def real_agents(stack: Stack, url: str) -> Agents:
 
 
 class Gateway:
-    """A TCP relay on loopback that can be cut, mended and turned to another port."""
+    """A TCP relay on loopback that can be cut, mended and turned to another port.
+
+    `delay_seconds` is how long what clients send is kept on its way.
+    """
 
     def __init__(self, target: int = 0) -> None:
         self.port = free_port()
+        self.delay_seconds = 0.0
         self._target = target
         self._open: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
@@ -579,16 +605,17 @@ class Gateway:
             return
         self._open |= {writer, here}
         try:
-            await asyncio.gather(self._pump(reader, here), self._pump(there, writer))
+            await asyncio.gather(self._pump(reader, here, slow=True), self._pump(there, writer))
         finally:
             for each in (writer, here):
                 self._open.discard(each)
                 each.transport.abort()
 
-    @staticmethod
-    async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, slow: bool = False) -> None:
         try:
             while data := await source.read(1 << 16):
+                if slow and self.delay_seconds:
+                    await asyncio.sleep(self.delay_seconds)
                 sink.write(data)
                 await sink.drain()
             sink.write_eof()

@@ -26,7 +26,7 @@ PODS = 500
 SETTLE_SECONDS = 120.0
 
 
-@pytest.fixture(scope="module", params=["first-scheduler", "second-scheduler"])
+@pytest.fixture(scope="module", params=["first", "second"])
 def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
     with Stack(parse_samples(FLEET), form=request.param) as stack:
         yield stack
@@ -47,7 +47,7 @@ def test_case_01_no_device_is_given_twice_in_a_burst_and_nobody_who_fits_is_left
     final = checker.check()
 
     with capsys.disabled():
-        print(f"\n{stack.form}: {summary(stack, final, seconds)}; {follower.events} events checked")
+        print(f"\nthe {stack.form} scheduler: {summary(stack, final, seconds)}; {follower.events} events checked")
     waiting = [pod for pod in final if not pod["spec"].get("nodeName")]
     assert waiting, "the burst must be larger than the cluster, or the promise to those who wait is not tested"
     assert all(refusal_of(pod) for pod in waiting), "whoever waits is told why"
