@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import heapq
 import itertools
 import json
@@ -47,6 +48,9 @@ SPEED = 60.0  # simulated seconds in one second: half a minute shows half an hou
 REPORT_SECONDS = 5.0  # as the real agent
 START_SECONDS = 60.0  # importing the solver takes seconds on a cold, slow machine
 STOP_SECONDS = 10.0
+PR_SET_PDEATHSIG = 1
+CANNOT, INTERRUPTED = 1, 130  # exit statuses; Ctrl-C is the usual end of a demo with a page, not of one with --once
+LASTING_LOAD = 0.9  # below one, or the queue would grow for as long as somebody looks at the page
 EPOCH = datetime(2026, 11, 21, 9, 0, tzinfo=UTC)  # creation times are part of the requests: fixed, to be repeatable
 
 
@@ -71,23 +75,21 @@ def run_demo(options: Options, console: Console) -> int:
     """Run it; the exit status: 0, or 1 where a device was given twice or a part of the demo failed."""
     try:
         return asyncio.run(_until_interrupted(options, console))
-    except KeyboardInterrupt:
-        return 0 if not options.once else 130
     except DemoFailed as problem:
         console.print(f"[red]The demo failed:[/] {escape(str(problem))}", highlight=False)
-        return 1
+        return CANNOT
 
 
 async def _until_interrupted(options: Options, console: Console) -> int:
     main = asyncio.current_task()
     assert main is not None
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, main.cancel)
     try:
         return await _demo(options, console)
     except asyncio.CancelledError:
         console.print("Stopped.")
-        return 0 if not options.once else 130
+        return INTERRUPTED if options.once else 0
 
 
 async def _demo(options: Options, console: Console) -> int:
@@ -108,7 +110,7 @@ async def _demo(options: Options, console: Console) -> int:
                 await _stay(world, reports, options, console, address)
         finally:
             await world.close()
-    return 1 if world.wrong else 0
+    return CANNOT if world.wrong else 0
 
 
 # ------------------------------------------------------------------------------------------- the service, the agents
@@ -117,7 +119,7 @@ async def _demo(options: Options, console: Console) -> int:
 @contextlib.asynccontextmanager
 async def _service(options: Options, console: Console) -> AsyncIterator[tuple[str, int]]:
     """`tangram serve --standalone` as a process of its own, ended with us."""
-    port = options.port or _free_port()
+    port = _free_port(options.port)
     options.out.mkdir(parents=True, exist_ok=True)
     log = options.out / "demo-service.log"
     command = [sys.executable, "-m", "app.cli", "serve", "--standalone", "--host", HOST, "--port", str(port)]
@@ -138,8 +140,15 @@ def _start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=_end_with_parent,
             env={name: value for name, value in os.environ.items() if not name.startswith("TANGRAM_")},
         )
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end the service should we be killed in a way that leaves us no last word (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _last_words(log: Path) -> str:
@@ -171,14 +180,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _free_port() -> int:
-    """The usual port, else one that is free now."""
-    for wanted in (PREFERRED_PORT, 0):
+def _free_port(wanted: int) -> int:
+    """The wanted port, or else the usual one, or else one that is free now."""
+    for port in (wanted,) if wanted else (PREFERRED_PORT, 0):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((HOST, wanted))
+            probe.bind((HOST, port))
             return int(probe.getsockname()[1])
-    raise DemoFailed("no port of the loopback address is free")
+    raise DemoFailed(f"port {wanted} of {HOST} is not to be had: something listens there, or it is not allowed")
 
 
 @contextlib.asynccontextmanager
@@ -470,7 +479,8 @@ async def _stay(
     horizon = options.seconds * SPEED
     for seed in itertools.count(options.seed + 1):
         begin = world.now
-        world.expect(arrivals(reports, pods=options.pods, seconds=horizon, seed=seed), after=begin)
+        more = arrivals(reports, pods=options.pods, seconds=horizon, seed=seed, load=LASTING_LOAD, rush=1.0)
+        world.expect(more, after=begin)
         await world.play(begin + horizon)
 
 

@@ -150,10 +150,19 @@ class Arrival:
         return f"1 × {self.profile}" if self.profile else f"{self.gpus} GPU{'s' if self.gpus != 1 else ''}"
 
 
-def arrivals(reports: Sequence[report.NodeReport], *, pods: int, seconds: float, seed: int) -> list[Arrival]:
+def arrivals(
+    reports: Sequence[report.NodeReport],
+    *,
+    pods: int,
+    seconds: float,
+    seed: int,
+    load: float = LOAD,
+    rush: float = RUSH,
+) -> list[Arrival]:
     """Poisson arrivals over `seconds` after a rush, exponential stays; MIG and whole GPUs get the same load.
 
-    The stay follows from LOAD: in one mean stay (after the rush) as much arrives as `LOAD` times what the fleet has.
+    The stay follows from the load: in one mean stay (after the rush) as much arrives as `load` times what the
+    fleet has.
     """
     rng = random.Random(seed)  # noqa: S311  a simulation
     fleet = Fleet(reports)
@@ -164,9 +173,9 @@ def arrivals(reports: Sequence[report.NodeReport], *, pods: int, seconds: float,
     slice_asks = [(name, weight) for name, weight in SLICE_ASKS if name in sizes]
     units_each = _mean([(sizes[name], weight) for name, weight in slice_asks]) if slice_asks else 1.0
     gpu_pods, slice_pods = whole / gpus_each, (units / units_each if slice_asks else 0.0)
-    pods_per_second = pods / seconds / (RUSH_SHARE * RUSH + 1 - RUSH_SHARE)
-    stay = LOAD * (gpu_pods + slice_pods) / pods_per_second
-    times = sorted(_arrival_time(rng.random()) * seconds for _ in range(pods))
+    pods_per_second = pods / seconds / (RUSH_SHARE * rush + 1 - RUSH_SHARE)
+    stay = load * (gpu_pods + slice_pods) / pods_per_second
+    times = sorted(_arrival_time(rng.random(), rush) * seconds for _ in range(pods))
     coming = []
     for number, at in enumerate(times):
         sliced = rng.random() * (gpu_pods + slice_pods) >= gpu_pods
@@ -185,11 +194,11 @@ def arrivals(reports: Sequence[report.NodeReport], *, pods: int, seconds: float,
     return coming
 
 
-def _arrival_time(chance: float) -> float:
-    """A uniform draw turned into a moment of the run (0 to 1): earlier moments are likelier, RUSH times as likely."""
-    early = RUSH_SHARE * RUSH
+def _arrival_time(chance: float, rush: float) -> float:
+    """A uniform draw turned into a moment of the run (0 to 1): earlier moments are likelier, `rush` times as likely."""
+    early = RUSH_SHARE * rush
     drawn = chance * (early + 1 - RUSH_SHARE)
-    return drawn / RUSH if drawn < early else RUSH_SHARE + (drawn - early)
+    return drawn / rush if drawn < early else RUSH_SHARE + (drawn - early)
 
 
 def _mean(weighted: Sequence[tuple[int, int]]) -> float:

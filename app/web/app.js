@@ -624,6 +624,13 @@ async function askDetail() {
   }
 }
 
+/** One row per pod: one that was refused before and is promised something now is no longer waiting. */
+function onceEach(pods) {
+  const byUid = new Map();
+  for (const pod of pods) if (!byUid.has(pod.uid) || pod.phase !== "waiting") byUid.set(pod.uid, pod);
+  return [...byUid.values()];
+}
+
 /** A filter must see every node, not only this page's: walk the pages now and then. */
 async function sweep() {
   if (!choice.words.length || !seen.cluster || seen.cluster.totals.nodes <= PAGE_NODES) {
@@ -655,7 +662,7 @@ async function poll() {
     if (page !== seen.after) return;
     seen.cluster = cluster;
     seen.nodes = cluster.nodes;
-    seen.pods = pods;
+    seen.pods = onceEach(pods);
     seen.polls += 1;
     seen.answeredAt = Date.now();
     seen.failedSince = 0;

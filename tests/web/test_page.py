@@ -120,6 +120,16 @@ def test_tables_sort_both_ways(stub: Stub, open_page: Open) -> None:
     assert page.locator("#node-table tbody tr td:nth-child(5)").first.text_content() != most
 
 
+def test_a_pod_said_twice_is_one_row(stub: Stub, open_page: Open) -> None:
+    """A pod refused before and promised something now may still stand on the waiting list."""
+    stub.canned.pods.append(pod("w1", "train-xl-1", "proposed", "8 GPUs", "h100-01", []))
+    page = open_page(stub.url)
+
+    expect(page.locator('#pod-table tr[data-key="w1"]')).to_have_count(1)
+    expect(page.locator('#pod-table tr[data-key="w1"]')).to_contain_text("proposed")
+    expect(page.locator("#waiting")).to_contain_text("4 × 8 GPUs")
+
+
 def test_hostile_names_are_only_text(open_page: Open) -> None:
     """Pod names are the users'; a service in the middle must not be a way into the platform team's browser."""
     canned = Canned(warnings=[HOSTILE])
