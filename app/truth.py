@@ -106,6 +106,8 @@ class Truth:
         for hold in self._ledger:
             if hold.pod.uid not in listed and hold.since < asked_at and hold.phase is not Phase.LEAVING:
                 self.pod_gone(hold.pod.uid)
+        for uid in [uid for uid, each in self.waiting.items() if uid not in listed and each.refused < asked_at]:
+            del self.waiting[uid]
         self.rebuilt = True
 
     def _bound(self, pod: Pod) -> None:
