@@ -43,7 +43,7 @@ class Seen:
             await asyncio.gather(task, return_exceptions=True)
 
     async def become(self, *names: str) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while self.names != set(names) or not self.watch.lists:
                 await asyncio.sleep(0.005)
 
@@ -87,7 +87,7 @@ async def test_an_api_server_that_is_away_is_tried_again_and_said(seen):
 
     seen.kube.before["list"] = away
     async with seen.running():
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while not seen.watch.interrupted:
                 await asyncio.sleep(0.005)
         assert seen.watch.lists == 0
@@ -99,6 +99,6 @@ async def test_an_api_server_that_is_away_is_tried_again_and_said(seen):
 async def test_all_is_listed_again_now_and_then(seen):
     seen.watch = seen.following(0.05)
     async with seen.running():
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while seen.watch.lists < 3:
                 await asyncio.sleep(0.005)
