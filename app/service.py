@@ -16,11 +16,12 @@ from app.inventory import Inventory, profiles_in
 from app.kube import Event, Kube, Listed
 from app.lease import Lease
 from app.ledger import Ledger
+from app.manifests import managed_resource_names
 from app.metrics import Metrics
 from app.offers import Offers
 from app.report import NodeReport, Unchanged
 from app.settings import Settings
-from app.translate import WAKE_ANNOTATION, Pod, managed_resource_names, pod_of, resource_of_profile
+from app.translate import WAKE_ANNOTATION, Pod, pod_of, resource_of_profile
 from app.truth import Truth
 from app.views import Views
 from app.watch import Watch

@@ -13,7 +13,6 @@ from typing import Any
 import orjson
 
 from solver import Demand, Device, Slice
-from solver.products import PRODUCTS
 
 GPU_RESOURCE = "nvidia.com/gpu"
 MIG_RESOURCE_PREFIX = "nvidia.com/mig-"
@@ -133,12 +132,6 @@ def ask_of(spec: Json, annotations: Json) -> Demand | Malformed:
 def resource_of_profile(profile: str) -> str:
     """The extended resource of a MIG profile under the `mixed` strategy, '+' spelled as '.'."""
     return MIG_RESOURCE_PREFIX + profile.replace("+", ".")
-
-
-def managed_resource_names() -> tuple[str, ...]:
-    """Every resource name that kube-scheduler must send us pods for: never matched by prefix, only in full."""
-    profiles = {profile.name for product in PRODUCTS if product.geometry for profile in product.geometry.profiles}
-    return (GPU_RESOURCE, SHARE_RESOURCE, ASK_RESOURCE, *sorted(resource_of_profile(name) for name in profiles))
 
 
 def profile_as_asked(profile: str) -> str:
