@@ -152,7 +152,9 @@ def admission_policy(*, namespace: str = NAMESPACE) -> tuple[dict[str, Any], dic
     """The policy that lets nobody but our service account touch the placement annotation, and its binding.
 
     An annotation reaches a pod in four ways: with the pod itself, by an update of the pod or of its status,
-    and with a Binding (in either of its two forms), whose annotations kube-apiserver copies to the pod.
+    and with a Binding (in either of its two forms), whose annotations kube-apiserver copies to the pod. In
+    Kubernetes 1.37 the two other ways to update a pod, resize and ephemeral containers, drop annotations; they
+    are named all the same, should that change.
     """
     user = f"system:serviceaccount:{namespace}:{SERVICE_ACCOUNT}"
     key = _cel(PLACEMENT_ANNOTATION)
