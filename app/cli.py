@@ -223,6 +223,25 @@ def certs(
     typer.echo("\n".join(str(file) for file in written))
 
 
+@app.command()
+def manifests(
+    out: Annotated[Path, typer.Option(help="The project's manifests folder, or a copy of it.")] = Path("manifests"),
+    image: Annotated[str | None, typer.Option(help="The image to run.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Where the service runs (default tangram-system).")] = None,
+    url: Annotated[str, typer.Option(help="Where kube-scheduler finds the extender, if not at its Service.")] = "",
+) -> None:
+    """Write the generated manifests: kube-scheduler's configurations, the admission policy, the kustomization."""
+    from app.certs import NAMESPACE
+    from app.errors import TangramError
+    from app.manifests import IMAGE, write_manifests
+
+    try:
+        written = write_manifests(out, image=image or IMAGE, namespace=namespace or NAMESPACE, url=url)
+    except TangramError as problem:
+        raise Failed(str(problem)) from None
+    typer.echo("\n".join(str(file) for file in written))
+
+
 # ------------------------------------------------------------------------------------------------- asking a service
 
 

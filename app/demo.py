@@ -40,6 +40,7 @@ from rich.text import Text
 
 from app.driver import CallFailed, Extender, Filtered, PodSpec, Queue, find_node, fit_error, refused_condition
 from app.report import NodeReport, Unchanged
+from app.show import Waiting, waiting
 from app.simulate import FLEET, Arrival, Fleet, Tally, Use, WrongPlacement, arrivals, run_first_fit, sample_reports
 
 HOST = "127.0.0.1"
@@ -50,7 +51,7 @@ START_SECONDS = 60.0  # importing the solver takes seconds on a cold, slow machi
 STOP_SECONDS = 10.0
 PR_SET_PDEATHSIG = 1
 CANNOT, INTERRUPTED = 1, 130  # exit statuses; Ctrl-C is the usual end of a demo with a page, not of one with --once
-LASTING_LOAD = 0.9  # below one, or the queue would grow for as long as somebody looks at the page
+LASTING_LOAD = 0.7  # below one, or the queue would grow for as long as somebody looks at the page
 EPOCH = datetime(2026, 11, 21, 9, 0, tzinfo=UTC)  # creation times are part of the requests: fixed, to be repeatable
 
 
@@ -340,7 +341,8 @@ class World:
             times.append(backoff)
         self._news.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._news.wait(), max(0.001, (min(times) - self.now) / SPEED))
+            async with asyncio.timeout(max(0.001, (min(times) - self.now) / SPEED)):
+                await self._news.wait()
 
     async def _cycle(self, uid: str) -> None:
         self.cycles += 1
@@ -479,7 +481,15 @@ async def _stay(
     horizon = options.seconds * SPEED
     for seed in itertools.count(options.seed + 1):
         begin = world.now
-        more = arrivals(reports, pods=options.pods, seconds=horizon, seed=seed, load=LASTING_LOAD, rush=1.0)
+        more = arrivals(
+            reports,
+            pods=options.pods,
+            seconds=horizon,
+            seed=seed,
+            load=LASTING_LOAD,
+            rush=1.0,
+            first=world.tally.arrived,
+        )
         world.expect(more, after=begin)
         await world.play(begin + horizon)
 
@@ -496,15 +506,6 @@ class Side:
     pending: int
     means: Mapping[str, float]
     at_end: Use
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """Pods that wait for the same thing for the same reason."""
-
-    count: int
-    asks: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -529,9 +530,6 @@ async def _result(
 ) -> Result:
     pods = (await world.get("/v1/pods"))["pods"]
     world.wrong.extend(_differences(world, pods))
-    groups = Counter(
-        (pod["demand"], pod["reason"]) for pod in pods if pod["phase"] == "waiting" and pod["uid"] in world.queue
-    )
     tally, first_fit_waits = run_first_fit(reports, coming, seconds=horizon)
     return Result(
         seed=options.seed,
@@ -540,7 +538,7 @@ async def _result(
         simulated_seconds=horizon,
         tangram=_side(world.tally, len(world.queue)),
         first_fit=_side(tally, len(first_fit_waits)),
-        pending=tuple(Waiting(count, *key) for key, count in groups.most_common()),
+        pending=tuple(waiting([pod for pod in pods if pod["uid"] in world.queue])),
         latency_milliseconds={
             verb: {"p50": _milliseconds(s, 50), "p99": _milliseconds(s, 99), "calls": float(len(s))}
             for verb, s in world.extender.seconds.items()
@@ -632,8 +630,8 @@ def _pending(result: Result) -> Table:
     table.add_column("Pods", justify="right")
     table.add_column("Ask")
     table.add_column("Reason")
-    for waiting in result.pending[:12]:
-        table.add_row(str(waiting.count), Text(waiting.asks), Text(waiting.reason))
+    for group in result.pending[:12]:
+        table.add_row(str(group.pods), Text(group.asks), Text(group.reason))
     return table
 
 

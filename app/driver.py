@@ -194,7 +194,8 @@ class Connections:
     async def post(self, path: str, body: bytes) -> bytes:
         """Send one request and return the body of a 200; anything else fails as it does in kube-scheduler."""
         try:
-            return await asyncio.wait_for(self._post(path, body), ANSWER_SECONDS)
+            async with asyncio.timeout(ANSWER_SECONDS):  # wait_for may lose a cancellation before Python 3.12
+                return await self._post(path, body)
         except (OSError, EOFError, TimeoutError, ValueError) as problem:
             raise CallFailed(f"{path}: {problem or type(problem).__name__}") from problem
 

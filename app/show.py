@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.text import Text
 
 Json = Mapping[str, Any]
 
+TAKEN = ("assumed", "held", "leaving")  # a proposal takes nothing yet
 PHASE_STYLES = {"waiting": "yellow", "proposed": "dim", "assumed": "cyan", "held": "green", "leaving": "magenta"}
 
 
@@ -48,8 +50,8 @@ def _node_row(node: Json) -> tuple[Text, ...]:
     whole = [gpu for gpu in node["gpus"] if not gpu["mig"]]
     cut = [gpu for gpu in node["gpus"] if gpu["mig"]]
     units = sum(gpu["width"] for gpu in cut)
-    taken = sum(s["size"] for gpu in cut for s in gpu["slices"] if s["phase"] != "free")
-    free = sum(1 for gpu in whole if gpu["phase"] == "free")
+    taken = sum(s["size"] for gpu in cut for s in gpu["slices"] if s["phase"] in TAKEN)
+    free = sum(1 for gpu in whole if gpu["phase"] in ("free", "proposed"))
     return (
         Text(node["name"], style="bold"),
         Text(f"{len(node['gpus'])} × {node['product'].removeprefix('NVIDIA ')}"),
@@ -85,17 +87,34 @@ def show_pods(pods: Sequence[Json], *, console: Console) -> None:
 
 
 def show_waiting(pods: Sequence[Json], *, console: Console) -> None:
-    """Pods that wait for the same thing for the same reason are one row."""
-    groups = Counter((pod["demand"], pod["reason"]) for pod in pods if pod["phase"] == "waiting")
+    """A row per ask that waits."""
+    groups = waiting(pods)
     if not groups:
         return
     table = Table(title="Waiting, and why", title_justify="left")
     table.add_column("Pods", justify="right")
     table.add_column("Asks")
     table.add_column("Reason")
-    for (demand, reason), count in groups.most_common():
-        table.add_row(str(count), Text(demand), Text(reason))
+    for group in groups:
+        table.add_row(str(group.pods), Text(group.asks), Text(group.reason))
     console.print(table)
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Pods that wait for the same thing, with the reason of the first: reasons differ in small print only."""
+
+    pods: int
+    asks: str
+    reason: str
+
+
+def waiting(pods: Sequence[Json]) -> list[Waiting]:
+    """What is waited for, the most wanted first."""
+    refused = [pod for pod in pods if pod["phase"] == "waiting"]
+    counts = Counter(pod["demand"] for pod in refused)
+    reasons = {pod["demand"]: pod["reason"] for pod in reversed(refused)}
+    return [Waiting(count, asks, reasons[asks]) for asks, count in counts.most_common()]
 
 
 def show_pod(pod: Json, *, console: Console) -> None:

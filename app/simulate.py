@@ -158,11 +158,12 @@ def arrivals(
     seed: int,
     load: float = LOAD,
     rush: float = RUSH,
+    first: int = 0,
 ) -> list[Arrival]:
     """Poisson arrivals over `seconds` after a rush, exponential stays; MIG and whole GPUs get the same load.
 
     The stay follows from the load: in one mean stay (after the rush) as much arrives as `load` times what the
-    fleet has.
+    fleet has. Names are numbered from `first`.
     """
     rng = random.Random(seed)  # noqa: S311  a simulation
     fleet = Fleet(reports)
@@ -177,7 +178,7 @@ def arrivals(
     stay = load * (gpu_pods + slice_pods) / pods_per_second
     times = sorted(_arrival_time(rng.random(), rush) * seconds for _ in range(pods))
     coming = []
-    for number, at in enumerate(times):
+    for number, at in enumerate(times, first):
         sliced = rng.random() * (gpu_pods + slice_pods) >= gpu_pods
         asks: Sequence[tuple[int | str, int]] = slice_asks if sliced else GPU_ASKS
         ask = rng.choices([ask for ask, _ in asks], [weight for _, weight in asks])[0]

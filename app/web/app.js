@@ -12,6 +12,8 @@ const SILENT_SECONDS = 30;    // a report older than this is pointed out
 const SAMPLES = 120;          // points of the small curves
 const PHASES = ["waiting", "proposed", "assumed", "held", "leaving"];
 
+const TAKEN = ["assumed", "held", "leaving"];
+
 const $ = (id) => document.getElementById(id);
 
 const seen = {
@@ -110,17 +112,17 @@ function shade(profile) {
   return n >= 7 ? "s7" : n >= 4 ? "s4" : n >= 1 ? `s${n}` : "s0";
 }
 
-/** What is free on a node: whole GPUs and MIG units, out of how many. */
+/** What is free on a node: whole GPUs and MIG units, out of how many. A proposal takes nothing yet. */
 function room(node) {
   const sum = { gpus: 0, freeGpus: 0, units: 0, freeUnits: 0 };
   for (const gpu of node.gpus) {
     if (gpu.mig) {
-      const taken = gpu.slices.filter((s) => s.phase !== "free").reduce((n, s) => n + s.size, 0);
+      const taken = gpu.slices.filter((s) => TAKEN.includes(s.phase)).reduce((n, s) => n + s.size, 0);
       sum.units += gpu.width;
       if (gpu.phase !== "withheld") sum.freeUnits += Math.max(0, gpu.width - taken);
     } else {
       sum.gpus += 1;
-      if (gpu.phase === "free") sum.freeGpus += 1;
+      if (gpu.phase === "free" || gpu.phase === "proposed") sum.freeGpus += 1;
     }
   }
   return sum;
@@ -143,7 +145,12 @@ function gpuWords(gpu) {
 
 function sliceWords(slice) {
   const who = slice.pod ? ` by ${podName(slice.pod)}` : "";
-  return `${slice.profile} at ${slice.start} ${slice.phase}${who}${slice.exists ? "" : ", not made yet"}`;
+  return `${slice.profile} at ${slice.start} ${slice.phase}${who}${notMade(slice)}`;
+}
+
+/** Without Kubernetes nobody makes slices, so there is nothing to say. */
+function notMade(slice) {
+  return slice.exists || seen.cluster.mode !== "kubernetes" ? "" : ", not made yet";
 }
 
 function nodeHaystack(node) {
@@ -347,20 +354,19 @@ function drawPhases(counts) {
   box.querySelectorAll("span").forEach((span, i) => text(span, choices[i][1]));
 }
 
-/** Pods that wait for the same thing for the same reason are one line. */
+/** Pods that wait for the same thing are one line, with the reason of the first: reasons differ in small print only. */
 function drawWaiting() {
   const groups = new Map();
   for (const pod of seen.pods) {
     if (pod.phase !== "waiting") continue;
-    const key = JSON.stringify([pod.demand, pod.reason]);
-    if (!groups.has(key)) groups.set(key, { key, demand: pod.demand, reason: pod.reason, pods: [] });
-    groups.get(key).pods.push(pod);
+    if (!groups.has(pod.demand)) groups.set(pod.demand, { key: pod.demand, demand: pod.demand, reason: pod.reason, pods: [] });
+    groups.get(pod.demand).pods.push(pod);
   }
   const lines = [...groups.values()].sort((a, b) => b.pods.length - a.pods.length || compare(a.key, b.key));
   $("waiting").hidden = !lines.length;
-  keyed($("waiting-list"), lines.slice(0, 12), (g) => g.key, (g) => JSON.stringify(g.pods.map((p) => p.uid)), (g) => {
+  keyed($("waiting-list"), lines.slice(0, 12), (g) => g.key, (g) => JSON.stringify([g.reason, g.pods.map((p) => p.uid)]), (g) => {
     const first = g.pods[0];
-    return h("li", {}, h("p", {}, h("b", {}, `${g.pods.length} × `), g.demand, " – ",
+    return h("li", {}, h("p", {}, h("b", {}, plural(g.pods.length, "pod")), ` ${g.pods.length === 1 ? "asks" : "ask"} for ${g.demand}: `,
       h("a", { href: route("pod", first.uid), "data-part": "open" }, g.pods.length > 1 ? `${first.name} and ${g.pods.length - 1} more` : first.name)),
     h("p", { class: "why-not", title: g.reason }, g.reason || "no reason given yet"));
   });
@@ -546,7 +552,7 @@ function board(node, gpu, here) {
   const ruler = gpu.mig ? h("div", { class: "ruler", "aria-hidden": "true" }, Array.from({ length: gpu.width }, (_, i) => h("span", {}, String(i)))) : null;
   const rows = gpu.mig
     ? gpu.slices.slice().sort((a, b) => a.start - b.start).map((s) => h("li", {}, h("span", {}, h("span", { class: "mono" }, `${s.profile}@${s.start}`),
-      ` ${s.phase}${s.exists ? "" : ", not made yet"}`), s.pod ? podLink(s.pod, `${gpu.uuid}${s.start}`) : "nobody's"))
+      ` ${s.phase}${notMade(s)}`), s.pod ? podLink(s.pod, `${gpu.uuid}${s.start}`) : "nobody's"))
     : gpu.pod ? [h("li", {}, h("span", {}, gpu.phase), podLink(gpu.pod, gpu.uuid))] : [];
   return h("div", { class: `board${here ? " here" : ""}` },
     h("div", { class: "board-head" }, h("b", {}, `GPU ${gpu.index}`), h("span", {}, [`${Math.round(gpu.memory_mib / 1024)} GiB`,

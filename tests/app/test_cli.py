@@ -176,6 +176,15 @@ def test_certs_writes_them_and_says_which(tmp_path: Path) -> None:
     assert "--force" in again.stderr
 
 
+def test_manifests_writes_them_and_says_which(tmp_path: Path) -> None:
+    said = tangram("manifests", "--out", str(tmp_path))
+
+    assert said.returncode == 0, said.stderr
+    assert all(Path(line).is_file() for line in said.stdout.split())
+    (tmp_path / "file").touch()
+    assert tangram("manifests", "--out", str(tmp_path / "file")).stderr.startswith("tangram: cannot write")
+
+
 def test_version() -> None:
     assert tangram("version").stdout.startswith("tangram ")
 

@@ -39,13 +39,13 @@ def test_once_ends_by_itself_and_writes_what_came_of_it(tmp_path: Path) -> None:
     assert said["tangram"]["arrived"] == said["first_fit"]["arrived"] == 60
     assert said["tangram"]["placed"] + said["tangram"]["pending"] == 60
     assert set(said["latency_milliseconds"]) == {"filter", "prioritize", "bind"}
-    assert sum(each["count"] for each in said["pending"]) == said["tangram"]["pending"]
+    assert sum(each["pods"] for each in said["pending"]) == said["tangram"]["pending"]
 
 
 def test_stays_with_its_page_until_interrupted_and_leaves_nothing_behind(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w+") as log:
         demo = subprocess.Popen(
-            [*COMMAND, "--seconds", "2", "--pods", "20"], cwd=tmp_path, env=ENVIRONMENT, stdout=log, stderr=log
+            [*COMMAND, "--seconds", "2", "--pods", "300"], cwd=tmp_path, env=ENVIRONMENT, stdout=log, stderr=log
         )
         try:
             url = _url(demo, tmp_path / "log", "Pods keep coming and going")

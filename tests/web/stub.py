@@ -32,11 +32,27 @@ class Canned:
     ready: bool = True
     warnings: list[str] = field(default_factory=list)
     status: int = 200
+    _totals: Json = field(default_factory=dict)
 
     def cluster(self, limit: int, after: str) -> Json:
         """`GET /v1/cluster`."""
         ordered = sorted(self.nodes, key=lambda n: str(n["name"]))
         rest = [n for n in ordered if n["name"] > after]
+        page = rest[:limit]
+        return {
+            "ready": self.ready,
+            "mode": "standalone",
+            "waiting_for": [] if self.ready else ["the pods of the API server"],
+            "warnings": self.warnings,
+            "totals": self.totals(),
+            "next": page[-1]["name"] if len(rest) > limit else None,
+            "nodes": page,
+        }
+
+    def totals(self) -> Json:
+        """Counted once where counting takes long."""
+        if len(self.nodes) > 1000 and self._totals:
+            return self._totals
         gpus = [g for n in self.nodes for g in n["gpus"]]
         slices = [s for g in gpus for s in g["slices"]]
         totals = {
@@ -51,16 +67,8 @@ class Canned:
         }
         for phase in ("waiting", "proposed", "assumed", "held", "leaving"):
             totals[f"pods_{phase}"] = sum(p["phase"] == phase for p in self.pods)
-        page = rest[:limit]
-        return {
-            "ready": self.ready,
-            "mode": "standalone",
-            "waiting_for": [] if self.ready else ["the pods of the API server"],
-            "warnings": self.warnings,
-            "totals": totals,
-            "next": page[-1]["name"] if len(rest) > limit else None,
-            "nodes": page,
-        }
+        self._totals = totals
+        return totals
 
     def answer(self, path: str) -> tuple[int, Json]:
         """Route one GET under /v1/."""

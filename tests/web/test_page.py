@@ -127,7 +127,7 @@ def test_a_pod_said_twice_is_one_row(stub: Stub, open_page: Open) -> None:
 
     expect(page.locator('#pod-table tr[data-key="w1"]')).to_have_count(1)
     expect(page.locator('#pod-table tr[data-key="w1"]')).to_contain_text("proposed")
-    expect(page.locator("#waiting")).to_contain_text("4 × 8 GPUs")
+    expect(page.locator("#waiting")).to_contain_text("4 pods ask for 8 GPUs")
 
 
 def test_hostile_names_are_only_text(open_page: Open) -> None:
