@@ -11,7 +11,7 @@ COPY requirements.lock /src/
 RUN /opt/tangram/bin/pip install --require-hashes --only-binary :all: -r /src/requirements.lock
 # Our own wheel needs hatchling, which stays in this stage; its version and hashes are the development lock's.
 COPY requirements-dev.lock /src/
-RUN awk '/^[^ ]/ {keep = /^(hatchling|packaging|pathspec|pluggy|trove-classifiers)==/} keep' \
+RUN awk '/^[^ ]/ {keep = /^(hatchling|packaging|pathspec|pluggy|tomlkit|trove-classifiers)==/} keep' \
       /src/requirements-dev.lock > /src/build.lock \
  && python -m pip install --require-hashes --only-binary :all: -r /src/build.lock
 COPY LICENSE README.md pyproject.toml /src/
