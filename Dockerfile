@@ -21,7 +21,7 @@ RUN python -m pip wheel --no-deps --no-build-isolation --wheel-dir /wheels /src 
  && /opt/tangram/bin/pip install --no-deps /wheels/*.whl
 
 FROM ${PYTHON_IMAGE}
-ENV PATH=/opt/tangram/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+ENV HOME=/tmp PATH=/opt/tangram/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 COPY --from=build /opt/tangram /opt/tangram
 # The root filesystem may be read-only; only /tmp is written to. The agent's manifest asks for root, the service's not.
 USER 65532:65532
