@@ -236,7 +236,7 @@ const POD_COLUMNS = [
     h("a", { href: route("pod", p.uid), "data-part": "open", title: podName(p) }, p.name)] },
   { key: "demand", title: "Asks", of: (p) => p.demand, draw: (p) => p.demand, nowrap: true },
   { key: "phase", title: "Phase", of: (p) => String(PHASES.indexOf(p.phase)), draw: (p) => phaseTag(p.phase) },
-  { key: "node", title: "Node", kind: "on", of: (p) => p.node || "", draw: (p) => (p.node ? h("a", { href: route("node", p.node), "data-part": "node" }, p.node) : "–") },
+  { key: "node", title: "Node", kind: "on", of: (p) => p.node || "", draw: (p) => (p.node ? h("a", { href: route("node", p.node), "data-part": "node", title: p.node }, p.node) : "–") },
   { key: "since", title: "For", number: true, of: (p) => p.since_seconds || 0, draw: () => h("span", { "data-since": "" }) },
 ];
 
