@@ -90,17 +90,22 @@ def pod_of(pod: Json) -> Pod:
     annotations = meta.get("annotations") or {}
     if not isinstance(annotations, Mapping):
         raise ValueError("metadata.annotations is not an object")
-    grace = spec.get("terminationGracePeriodSeconds")
+    grace = _seconds(spec.get("terminationGracePeriodSeconds"), DEFAULT_GRACE_SECONDS)
+    longer = _seconds(meta.get("deletionGracePeriodSeconds"), 0.0)  # whoever deletes may give it more time
     return Pod(
         ref=ref,
         ask=ask_of(spec, annotations),
         node=spec.get("nodeName") or "",
         finished=isinstance(status, Mapping) and status.get("phase") in ("Succeeded", "Failed"),
         terminating=meta.get("deletionTimestamp") is not None,
-        grace_seconds=float(grace) if isinstance(grace, int | float) else DEFAULT_GRACE_SECONDS,
+        grace_seconds=max(grace, longer),
         resource_version=meta.get("resourceVersion") or "",
         written=read_placement(annotations.get(PLACEMENT_ANNOTATION)),
     )
+
+
+def _seconds(value: object, otherwise: float) -> float:
+    return float(value) if isinstance(value, int | float) else otherwise
 
 
 def ask_of(spec: Json, annotations: Json) -> Demand | Malformed:

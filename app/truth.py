@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from app.inventory import Inventory
 from app.ledger import Hold, Ledger, Phase
-from app.translate import Malformed, Pod, PodRef, Written
+from app.translate import DEFAULT_GRACE_SECONDS, Malformed, Pod, PodRef, Written
 from solver import Demand, Device
 
 FRESH_REFUSAL_SECONDS = 3.0  # a refusal this recent may have raced with the event that made room
@@ -52,6 +52,8 @@ class Truth:
         self.waiting: dict[str, Waiting] = {}
         self.unexplained: dict[str, str] = {}
         """UIDs of pods whose placement annotation we cannot explain, with what is wrong with it."""
+        self._ending: dict[str, float] = {}
+        """When pods that are being deleted were first seen so: the kubelet ends them a grace time later at most."""
         self.rebuilt = False
         """Whether one list of all pods has been applied: from then on we know every placement that we wrote."""
         self.chores = Chores()
@@ -64,6 +66,8 @@ class Truth:
         if not pod.concerns_us and uid not in self.pods:
             return
         self.pods[uid] = pod
+        if pod.terminating:
+            self._ending.setdefault(uid, self._clock())
         if pod.node:
             self.waiting.pop(uid, None)
         if pod.finished:
@@ -78,17 +82,18 @@ class Truth:
         known = self.pods.pop(uid, None)
         self.waiting.pop(uid, None)
         self.unexplained.pop(uid, None)
+        ending = self._ending.pop(uid, None)
         hold = self._ledger.get(uid)
         if hold is None:
             return
-        last = last or known
-        if hold.phase in (Phase.PROPOSED, Phase.ASSUMED) and (last is None or not last.node):
-            self._ledger.forget(uid)  # never bound: no container has ever seen the devices
+        never_bound = last is not None and not last.node
+        if hold.phase is Phase.PROPOSED or (hold.phase is Phase.ASSUMED and never_bound):
+            self._ledger.forget(uid)  # no container has ever seen the devices
             self.made_room(hold.node)
         elif last is not None and last.finished:
             self._release(uid)
         else:
-            self._leave(hold, last, seen_terminating=known is not None and known.terminating)
+            self._leave(hold, last or known, ending=ending)
 
     def pods_listed(self, pods: Iterable[Pod], *, asked_at: float) -> None:
         """A consistent list of all pods, requested at `asked_at`: who is missing from it is gone.
@@ -188,15 +193,16 @@ class Truth:
             if hold.firm and self._just_refused():
                 self.made_room(hold.node)
 
-    def _leave(self, hold: Hold, last: Pod | None, *, seen_terminating: bool) -> None:
-        """The kubelet removes a pod only after its containers have ended; a forced deletion waits for nobody.
+    def _leave(self, hold: Hold, last: Pod | None, *, ending: float | None) -> None:
+        """Not finished when it was last seen, so its containers may still run: for its grace time at most.
 
-        So a pod that we saw terminating is believed at the agent's next word, one that vanished all at once
-        only after the grace time that the kubelet still gives its containers.
+        The kubelet gives a pod its final phase before it removes it. A forced deletion waits for nobody, and the
+        API server announces it like any other (MODIFIED with a deletionTimestamp, then DELETED), so having been
+        seen terminating proves nothing; only the time since then counts. After it the agent is asked.
         """
         now = self._clock()
-        grace = 0.0 if seen_terminating or last is None else last.grace_seconds
-        self._ledger.leave(hold.pod.uid, now=now, not_before=now + grace)
+        grace = DEFAULT_GRACE_SECONDS if last is None else last.grace_seconds
+        self._ledger.leave(hold.pod.uid, now=now, not_before=(now if ending is None else ending) + grace)
 
     def settle(self) -> None:
         """Release what has left and been seen idle since: called when agents report and now and then.

@@ -451,7 +451,7 @@ async def test_a_slice_that_could_be_in_use_is_not_given_to_another():
 async def test_case_13_finished_and_deleted_pods_release(world):
     """HAMi #2923: a deleted pod kept eight cards for ever."""
     world.add_pod("p", {GPU: "8"})
-    world.add_pod("q", {GPU: "8"})
+    world.add_pod("q", {GPU: "8"}, spec={"terminationGracePeriodSeconds": 0})
     await world.bind("p", "h1")
     await world.bind("q", "h2")
     await world.until(lambda: world.service.truth.pods["uid-q"].node)
@@ -470,9 +470,12 @@ async def test_case_13_finished_and_deleted_pods_release(world):
 
 
 async def test_a_forced_deletion_is_not_believed_before_the_grace_time_and_a_fresh_report(world):
+    """The API server announces it like any other: MODIFIED with a deletionTimestamp, then DELETED at once."""
     world.add_pod("p", {GPU: "8"}, spec={"terminationGracePeriodSeconds": 30})
     await world.bind("p", "h1")
     await world.until(lambda: world.service.truth.pods["uid-p"].node)
+    forced = {"deletionTimestamp": "2026-11-21T00:00:00Z", "deletionGracePeriodSeconds": 0}
+    world.kube.change_pod("p", lambda pod: pod["metadata"].update(forced))
     world.kube.remove_pod("p")
     await world.until(lambda: phase(world, "p") is Phase.LEAVING)
 
@@ -482,6 +485,26 @@ async def test_a_forced_deletion_is_not_believed_before_the_grace_time_and_a_fre
     world.clock.advance(2)
     world.service.truth.settle()
     assert phase(world, "p") is Phase.LEAVING, "nobody has looked at the devices since"
+    world.report("h1", version=3)
+    assert phase(world, "p") is None
+
+
+async def test_the_grace_time_runs_from_when_the_pod_was_first_seen_terminating(world):
+    """Whoever deletes may give more time than the pod asks for; forcing it later takes nothing away."""
+    world.add_pod("p", {GPU: "8"}, spec={"terminationGracePeriodSeconds": 30})
+    await world.bind("p", "h1")
+    await world.until(lambda: world.service.truth.pods["uid-p"].node)
+    deletion = {"deletionTimestamp": "2026-11-21T00:00:00Z", "deletionGracePeriodSeconds": 30}
+    world.kube.change_pod("p", lambda pod: pod["metadata"].update(deletion))
+    await world.until(lambda: world.service.truth.pods["uid-p"].terminating)
+    world.clock.advance(25)
+    world.kube.remove_pod("p")
+    await world.until(lambda: phase(world, "p") is Phase.LEAVING)
+
+    world.clock.advance(4)
+    world.report("h1", version=2)
+    assert phase(world, "p") is Phase.LEAVING
+    world.clock.advance(2)
     world.report("h1", version=3)
     assert phase(world, "p") is None
 
