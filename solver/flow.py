@@ -26,9 +26,6 @@ from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import gcd
-
-from ortools.sat.python import cp_model
 
 from solver.cluster import Device, Gpu
 from solver.demand import Ask, Demand, Problem
@@ -46,6 +43,7 @@ from solver.goals import (
 )
 from solver.pack import is_one_slice
 from solver.plan import Placement, Plan, Status, Unplaced
+from solver.program import Limits, Program, Terms
 from solver.rank import Ranking
 from solver.steps import Room, State, Step, Whole, read
 
@@ -60,10 +58,6 @@ BUNDLES = 3_000
 UNPLACED = 10**12
 """What a milli-GPU that is not placed counts in a plan's cost, next to 1 for a milli-GPU of price: so much
 that placing more always comes first."""
-
-SAFE_RANGE = 2**31 - 1
-"""Σ |coefficient × range| of every row and of every objective stays within this: beyond it OR-Tools 9.15 has
-certified wrong optima (or-tools #5293)."""
 
 
 def solve(
@@ -87,7 +81,7 @@ def solve(
         books.place_alone(ask)
 
     network = _network(books, [ask for ask in problem.asks if _is_one_step(ask.demand)])
-    limits = _Limits(seed, workers, time_limit_seconds, deterministic_limit)
+    limits = Limits(seed, workers, time_limit_seconds, deterministic_limit)
     answer = _minimise(network, policy, limits)
     _walk(network, answer.taken, books)
 
@@ -353,73 +347,71 @@ def _arcs_of(network: _Network, start: int, bundle: Bundle) -> Iterator[_Arc]:
 class _Choices:
     """The variables, and the questions rules and goals ask about them."""
 
-    def __init__(self, model: cp_model.CpModel, network: _Network) -> None:
+    def __init__(self, program: Program, network: _Network) -> None:
         self.network = network
         self._unplaced = [
-            model.new_int_var(0, len(asks), f"unplaced[{demand}]")
+            program.variable(len(asks), f"unplaced[{demand}]")
             for demand, asks in zip(network.demands, network.asks, strict=True)
         ]
-        self._taking: dict[int, dict[Bundle, tuple[cp_model.IntVar, int]]] = {}
-        for s, units in enumerate(network.units):
+        self._taking: dict[int, dict[Bundle, int]] = {}
+        counts = [len(asks) for asks in network.asks]
+        for start, units in enumerate(network.units):
             if units:
-                self._taking[s] = {}
-                for bundle in network.courses[s]:
-                    if any(bundle):
-                        fits = [len(asks) // n for n, asks in zip(bundle, network.asks, strict=True) if n]
-                        most = min(len(units), *fits)
-                        variable = model.new_int_var(0, most, f"units[{s},{bundle}]")
-                        self._taking[s][bundle] = (variable, most)
+                self._taking[start] = {
+                    bundle: program.variable(
+                        min(len(units), *(have // n for n, have in zip(bundle, counts, strict=True) if n)),
+                        f"units[{start},{bundle}]",
+                    )
+                    for bundle in network.courses[start]
+                    if any(bundle)
+                }
 
-    def unplaced(self, demand: int) -> cp_model.IntVar:
+    def unplaced(self, demand: int) -> int:
         """How many of the demand stay unplaced."""
         return self._unplaced[demand]
-
-    def taking_a_course(self, start: int) -> list[cp_model.IntVar]:
-        """How many units that start in this state take each of its courses."""
-        return [variable for variable, _ in self._taking[start].values()]
 
     def starts(self) -> list[int]:
         """The states in which units start."""
         return list(self._taking)
 
-    def courses(self) -> Iterator[tuple[int, Bundle, cp_model.IntVar, int]]:
-        """Each course: its state, its bundle, how many units take it, and at most how many can."""
+    def taking_a_course_from(self, start: int) -> list[int]:
+        """How many units that start in this state take each of its courses."""
+        return list(self._taking[start].values())
+
+    def courses(self) -> Iterator[tuple[int, Bundle, int]]:
+        """Each course: its state, its bundle, and how many units take it."""
         for start, courses in self._taking.items():
-            for bundle, (variable, most) in courses.items():
-                yield start, bundle, variable, most
+            for bundle, units in courses.items():
+                yield start, bundle, units
 
 
-def every_demand_is_served_or_unplaced(model: cp_model.CpModel, choices: _Choices) -> None:
+def every_demand_is_served_or_unplaced(program: Program, choices: _Choices) -> None:
     """Each ask is served by a unit on its course, or counts as unplaced."""
-    serving: list[tuple[list[cp_model.IntVar], list[int]]] = [([], []) for _ in choices.network.demands]
-    for _, bundle, units, _most in choices.courses():
+    serving = [[(choices.unplaced(d), 1)] for d in range(len(choices.network.demands))]
+    for _, bundle, units in choices.courses():
         for d, count in enumerate(bundle):
             if count:
-                serving[d][0].append(units)
-                serving[d][1].append(count)
-    for d, ((variables, counts), asks) in enumerate(zip(serving, choices.network.asks, strict=True)):
-        served = cp_model.LinearExpr.weighted_sum([*variables, choices.unplaced(d)], [*counts, 1])
-        model.add(served == len(asks))
+                serving[d].append((units, count))
+    for terms, asks in zip(serving, choices.network.asks, strict=True):
+        program.equal(terms, len(asks))
 
 
-def a_unit_takes_one_course(model: cp_model.CpModel, choices: _Choices) -> None:
+def a_unit_takes_one_course(program: Program, choices: _Choices) -> None:
     """No more units set out from a state than start in it."""
     for start in choices.starts():
-        model.add(cp_model.LinearExpr.sum(choices.taking_a_course(start)) <= len(choices.network.units[start]))
+        terms = [(units, 1) for units in choices.taking_a_course_from(start)]
+        program.at_most(terms, len(choices.network.units[start]))
 
 
 RULES = (every_demand_is_served_or_unplaced, a_unit_takes_one_course)
 
-Terms = list[tuple[cp_model.IntVar, int, int]]
-"""An objective: variable, coefficient, range."""
+
+def worth_unplaced(choices: _Choices) -> Terms:
+    """What stays unplaced, in milli-GPU."""
+    return [(choices.unplaced(d), milli) for d, milli in enumerate(choices.network.worths)]
 
 
-def _worth_unplaced(choices: _Choices) -> Terms:
-    network = choices.network
-    return [(choices.unplaced(d), network.worths[d], len(asks)) for d, asks in enumerate(network.asks)]
-
-
-def _tier_price(choices: _Choices, policy: Policy, tier: int) -> Terms:
+def tier_price(choices: _Choices, policy: Policy, tier: int) -> Terms:
     """What the chosen courses cost in one tier of the policy."""
     weights = dict(policy.tiers[tier])
     of_offer: dict[Offer, int] = {}
@@ -431,17 +423,9 @@ def _tier_price(choices: _Choices, policy: Policy, tier: int) -> Terms:
         return of_offer[offer]
 
     return [
-        (units, sum(price(arc.offer) for arc in _arcs_of(choices.network, start, bundle)), most)
-        for start, bundle, units, most in choices.courses()
+        (units, sum(price(arc.offer) for arc in _arcs_of(choices.network, start, bundle)))
+        for start, bundle, units in choices.courses()
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class _Limits:
-    seed: int
-    workers: int
-    seconds: float | None
-    deterministic: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -453,62 +437,59 @@ class _Answer:
     bound: int
 
 
-def _minimise(network: _Network, policy: Policy, limits: _Limits) -> _Answer:
-    """Tier by tier: what is proven of one is fixed for the next; the first that is not proven is the last."""
-    model = cp_model.CpModel()
-    choices = _Choices(model, network)
+def _minimise(network: _Network, policy: Policy, limits: Limits) -> _Answer:
+    """Goal by goal: what is proven of one is fixed for the next; the first that is not proven is the last.
+
+    The unplaced come first. Mostly their linear bound can be reached, and trying the first tier with that
+    much left unplaced is a proof of both; only where it fails are the unplaced minimised by themselves.
+    """
+    program = Program()
+    choices = _Choices(program, network)
     for rule in RULES:
-        rule(model, choices)
-    stages = [(UNPLACED, _worth_unplaced(choices))]
-    stages += [(digit, _tier_price(choices, policy, tier)) for tier, digit in enumerate(_digits(policy))]
-    taken: list[tuple[int, Bundle, int]] = []
-    bound, seconds = 0, limits.seconds
-    for factor, terms in stages:
-        coefficients, grain = _scaled(terms)
-        variables = [variable for variable, _, _ in terms]
-        objective = cp_model.LinearExpr.weighted_sum(variables, coefficients)
-        model.minimize(objective)
-        solver = cp_model.CpSolver()
-        solver.parameters.random_seed = limits.seed
-        solver.parameters.num_workers = limits.workers
-        if seconds is not None:
-            solver.parameters.max_time_in_seconds = max(0.0, seconds)
-        if limits.deterministic is not None:
-            solver.parameters.max_deterministic_time = limits.deterministic
-        result = solver.solve(model)
-        if result not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-            assert result == cp_model.UNKNOWN, solver.status_name(result)
-            return _Answer(Status.UNKNOWN, taken, min(bound, 0))
-        taken = [(start, bundle, solver.value(units)) for start, bundle, units, _ in choices.courses()]
-        bound += factor * grain * round(solver.best_objective_bound)
-        if result == cp_model.FEASIBLE:
-            return _Answer(Status.FEASIBLE, taken, bound)
-        model.add(objective <= round(solver.objective_value))
-        seconds = None if seconds is None else seconds - solver.wall_time
-    return _Answer(Status.OPTIMAL, taken, bound)
+        rule(program, choices)
+    worth = worth_unplaced(choices)
+    goals = [(digit, tier_price(choices, policy, tier)) for tier, digit in enumerate(_digits(policy))]
+
+    def answer(status: Status, values: Sequence[int] | None, bound: int) -> _Answer:
+        if values is None:
+            return _Answer(Status.UNKNOWN, [], bound)
+        taken = [(start, bundle, values[units]) for start, bundle, units in choices.courses()]
+        return _Answer(status, taken, bound)
+
+    if not program.can_hold(worth):
+        return answer(Status.UNKNOWN, None, _least(goals, program))
+    left = program.floor(worth)
+    found = program.with_at_most(worth, left).minimise(goals[0][1], limits, one_try=True) if goals else None
+    if found is None or found.values is None:
+        fewest = program.minimise(worth, limits)
+        if fewest.status is not Status.OPTIMAL:
+            return answer(fewest.status, fewest.values, UNPLACED * fewest.bound + _least(goals, program))
+        left, found = fewest.cost, None
+    program.at_most(worth, left)
+    bound = UNPLACED * left
+    values = found.values if found is not None else fewest.values
+    for tier, (digit, goal) in enumerate(goals):
+        found = program.minimise(goal, limits) if found is None else found
+        values = values if found.values is None else found.values
+        bound += digit * found.bound
+        later = goals[tier + 1 :]
+        if found.status is not Status.OPTIMAL or (later and not program.can_hold(goal)):
+            return answer(Status.FEASIBLE, values, bound + _least(later, program))
+        if later:
+            program.at_most(goal, found.cost)
+        found = None
+    return answer(Status.OPTIMAL, values, bound)
+
+
+def _least(goals: Sequence[tuple[int, Terms]], program: Program) -> int:
+    """No prices of these goals add up to less: every course with a negative price taken as often as can be."""
+    return sum(digit * sum(min(0, price) * program.most[units] for units, price in goal) for digit, goal in goals)
 
 
 def _digits(policy: Policy) -> list[int]:
     """What one unit of each tier counts in the policy's total."""
     factors = policy.factors()
     return [next((factors[name] // weight for name, weight in tier if weight), 0) for tier in policy.tiers]
-
-
-def _scaled(terms: Terms) -> tuple[list[int], int]:
-    """Coefficients that keep the objective in the safe range, and what one unit of it stands for.
-
-    First by their common divisor, which changes nothing. If that is not enough they are rounded down to a
-    coarser grain: the bound then still holds, and the plan claims to be OPTIMAL only if it meets it.
-    """
-    grain = gcd(*(coefficient for _, coefficient, _ in terms)) or 1
-    total = sum(abs(coefficient) * most for _, coefficient, most in terms)
-    if total // grain > SAFE_RANGE:
-        spare = sum(most for _, _, most in terms)  # rounding down can move each coefficient by one
-        assert spare < SAFE_RANGE // 2, "too many units and arcs for one model"
-        grain = -(-total // (SAFE_RANGE - spare))
-    coefficients = [coefficient // grain for _, coefficient, _ in terms]
-    assert sum(abs(c) * most for c, (_, _, most) in zip(coefficients, terms, strict=True)) <= SAFE_RANGE
-    return coefficients, grain
 
 
 # --- the plan: units walk the chosen arcs ---

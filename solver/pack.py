@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 from solver.demand import Demand
 from solver.geometry import Cut
@@ -61,22 +62,38 @@ def is_one_slice(wanted: Wanted) -> bool:
 
 def pack(cuts: Sequence[Cut], wanted: Wanted, policy: Policy) -> tuple[int, tuple[tuple[Step, ...], ...]] | None:
     """The cheapest way to serve all these slices on these GPUs: its price, and each GPU's steps in order."""
-    nothing: tuple[Step, ...] = ()
-    reached: dict[Bundle, tuple[int, tuple[tuple[Step, ...], ...]]] = {tuple(count for _, count in wanted): (0, ())}
-    for cut in cuts:
-        after = {rest: (price, (*chain, nothing)) for rest, (price, chain) in reached.items()}
+    reached: dict[Bundle, tuple[int, _Way | None]] = {tuple(count for _, count in wanted): (0, None)}
+    for i, cut in enumerate(cuts):
+        after = dict(reached)
         for bundle, price, steps in _bundles(cut, wanted, policy):
-            for rest, (so_far, chain) in reached.items():
-                left = tuple(need - got for need, got in zip(rest, bundle, strict=True))
+            for rest, (so_far, way) in reached.items():
+                left = tuple([need - got for need, got in zip(rest, bundle, strict=True)])
                 if min(left) < 0:
                     continue
-                if left not in after or so_far + price < after[left][0]:
-                    after[left] = (so_far + price, (*chain, steps))
+                known = after.get(left)
+                if known is None or so_far + price < known[0]:
+                    after[left] = (so_far + price, _Way(i, steps, way))
         if len(after) > BEAM:
             kept = sorted(after.items(), key=lambda item: (sum(item[0]), item[1][0]))[:BEAM]
             after = dict(kept)
         reached = after
-    return reached.get((0,) * len(wanted))
+    found = reached.get((0,) * len(wanted))
+    if found is None:
+        return None
+    price, way = found
+    steps_on: list[tuple[Step, ...]] = [()] * len(cuts)
+    while way is not None:
+        steps_on[way.gpu] = way.steps
+        way = way.before
+    return price, tuple(steps_on)
+
+
+class _Way(NamedTuple):
+    """How a remainder was reached: the steps on the last GPU that serves any, and the way before."""
+
+    gpu: int
+    steps: tuple[Step, ...]
+    before: _Way | None
 
 
 @lru_cache(maxsize=16384)

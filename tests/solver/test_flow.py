@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from solver.cluster import Node, Snapshot
 from solver.demand import Ask, Demand, Problem
-from solver.flow import SAFE_RANGE, UNPLACED, solve
+from solver.flow import UNPLACED, solve
 from solver.goals import GOALS, Policy
 from solver.plan import Plan, Status
+from solver.program import SAFE_RANGE
 from solver.samples import parse_samples
 from solver.verify import legal_step_exists, verify
 from tests.builders import mig_node, node, one, part, problem, slices, whole
