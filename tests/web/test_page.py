@@ -151,6 +151,7 @@ def test_hostile_names_are_only_text(open_page: Open) -> None:
 
         assert page.locator("main img, dialog img, main script, dialog script").count() == 0
         assert page.title() == "Tangram"
+        page.close()
 
 
 def test_an_unreachable_service_is_said_and_its_last_word_kept(open_page: Open) -> None:
@@ -181,6 +182,7 @@ def test_five_thousand_nodes_are_paged_and_searched(open_page: Open) -> None:
         page.locator(".node a").click()
         expect(page.locator("#detail-title")).to_have_text("node-04987")
         expect(page.locator("#detail .board")).to_have_count(8)
+        page.close()
 
 
 @pytest.mark.parametrize("width", [400, 768, 1440, 2560])
