@@ -32,6 +32,7 @@ cluster: $(STAMP) ## a real control plane, KWOK nodes, agents and the service on
 test: $(STAMP) ## every test; the short form of each failure test
 	@$(BIN)/python -m pytest tests -m "not e2e and not browser and not soak" -n auto -q
 	@$(BIN)/python -m tests.e2e.toolchain
+	@$(BIN)/python -m tests.web.browser
 	@$(BIN)/python -m pytest tests -m "(e2e or browser) and not soak" -q
 
 unit: $(STAMP) ## the fast tests only (within a minute)
@@ -39,11 +40,19 @@ unit: $(STAMP) ## the fast tests only (within a minute)
 
 e2e: $(STAMP) ## the tests on the real control plane and in a real browser
 	@$(BIN)/python -m tests.e2e.toolchain
+	@$(BIN)/python -m tests.web.browser
 	@$(BIN)/python -m pytest tests -m "(e2e or browser) and not soak" -q
 
 soak: $(STAMP) ## the failure tests with their full counts
 	@$(BIN)/python -m tests.e2e.toolchain
 	@$(BIN)/python -m pytest tests -m soak -q -s
+
+bench: $(STAMP) ## pods per second through the real kube-scheduler, with and without the extender (out/bench/)
+	@$(BIN)/python -m tests.e2e.toolchain
+	@$(BIN)/python -m tests.e2e.throughput
+
+load: $(STAMP) ## drive a standalone service with locust for 30 s, as kube-scheduler would
+	@$(BIN)/python -m loadtests.run
 
 lint: $(STAMP) ## ruff (format and check), mypy strict, import directions
 	@$(BIN)/ruff format --check .

@@ -84,7 +84,7 @@ class Extender:
         if isinstance(pod, NotNow):
             return Filtered(error=pod.reason)
         if isinstance(pod.ask, Malformed):
-            self._truth.refused(pod, pod.ask.reason)
+            self._refused(pod, pod.ask.reason)
             return Filtered(unresolvable=dict.fromkeys(args.names, pod.ask.reason))
         if not pod.ask:
             return Filtered(fitting=args.names)
@@ -100,8 +100,15 @@ class Extender:
         if fitting:
             self._truth.fits(pod.ref.uid)
         else:
-            self._truth.refused(pod, summary([*result.failed.values(), *result.unresolvable.values()]))
+            self._refused(pod, summary(result))
         return result
+
+    def _refused(self, pod: Pod, reason: str) -> None:
+        """The pod waits, with this reason; an earlier proposal of its own stands in nobody's way any more."""
+        hold = self._ledger.get(pod.ref.uid)
+        if hold is not None and not hold.firm:
+            self._ledger.forget(pod.ref.uid)
+        self._truth.refused(pod, reason)
 
     def _explained(self, demand: Demand, names: Sequence[str], fitting: list[str]) -> Filtered:
         """A reason for every node that is left out, in the map that tells whether eviction could help."""
@@ -206,7 +213,9 @@ class Extender:
             return await self._bind_without_devices(args, latest)
         devices = self._assume(pod, pod.ask, args.node)
         if isinstance(devices, Refusal):
-            return f"{args.node}: {devices.reason}"
+            reason = f"{args.node}: {devices.reason}"
+            self._refused(pod, reason)
+            return reason
         self._truth.fits(pod.ref.uid)
         if self._kube is None:
             self._ledger.confirm(pod.ref.uid, now=self._clock())
@@ -434,11 +443,11 @@ class Extender:
         await asyncio.gather(*rest, return_exceptions=True)
 
 
-def summary(reasons: Sequence[str]) -> str:
-    """Reasons of many nodes in one line: the most frequent first."""
-    if not reasons:
+def summary(result: Filtered) -> str:
+    """Reasons of many nodes in one line: first those that room would help, then the most frequent."""
+    if not result.failed and not result.unresolvable:
         return "kube-scheduler offered no node"
-    counted = Counter(reasons).most_common()
+    counted = [*Counter(result.failed.values()).most_common(), *Counter(result.unresolvable.values()).most_common()]
     parts = [f"{count} node{'s' if count != 1 else ''}: {reason}" for reason, count in counted[:REASONS_KEPT]]
     more = len(counted) - REASONS_KEPT
     return "; ".join(parts) + (f"; and {more} other reasons" if more > 0 else "")

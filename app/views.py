@@ -83,7 +83,7 @@ class Views:
     def phases(self) -> dict[str, int]:
         """How many pods stand in which phase, the waiting ones included."""
         counted = Counter(hold.phase for hold in self._ledger)
-        waiting = sum(1 for uid in self._truth.waiting if not self._is_firm(uid))
+        waiting = sum(1 for uid in self._truth.waiting if self._ledger.get(uid) is None)
         return {"waiting": waiting, **{phase.value: counted[phase] for phase in Phase}}
 
     def node(self, name: str) -> Json:
@@ -108,8 +108,8 @@ class Views:
     def pods(self, *, phase: str = "") -> list[Json]:
         """Every pod that holds, is promised, or waits."""
         rows = [self._held(hold) for hold in self._ledger]
-        known = {row["uid"] for row in rows if row["phase"] != Phase.PROPOSED.value}
-        rows += [self._waiting(uid, each) for uid, each in self._truth.waiting.items() if uid not in known]
+        held = {row["uid"] for row in rows}
+        rows += [self._waiting(uid, each) for uid, each in self._truth.waiting.items() if uid not in held]
         rows.sort(key=lambda row: (row["namespace"], row["name"], row["uid"]))
         return [row for row in rows if not phase or row["phase"] == phase]
 
@@ -120,10 +120,6 @@ class Views:
             return {**self._held(hold), "prices": dict(hold.prices)}
         waiting = self._truth.waiting.get(uid)
         return None if waiting is None else {**self._waiting(uid, waiting), "prices": {}}
-
-    def _is_firm(self, uid: str) -> bool:
-        hold = self._ledger.get(uid)
-        return hold is not None and hold.firm
 
     def _held(self, hold: Hold) -> Json:
         return {

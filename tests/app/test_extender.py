@@ -8,7 +8,7 @@ import pytest
 from app.errors import Conflict, Refused, Unknown
 from app.ledger import Phase
 from app.translate import PLACEMENT_ANNOTATION, WAKE_ANNOTATION, Written, read_placement, write_placement
-from app.wire import PreemptArgs, Victims
+from app.wire import Args, PreemptArgs, Victims
 from solver import Device
 from tests.app.world import GPU, World
 
@@ -395,7 +395,9 @@ async def test_case_03_a_device_no_longer_in_the_inventory_stays_held_and_is_sho
     world.add_pod("p", {GPU: "1"})
     await world.bind("p", "h1")
     (gone,) = world.devices("p")
-    report = world.service.inventory.get("h1").report
+    entry = world.service.inventory.get("h1")
+    assert entry is not None
+    report = entry.report
     kept = tuple(gpu for gpu in report.gpus if gpu.uuid != gone)
     links = tuple(link for link in report.links if gone not in (link.a, link.b))
     world.report("h1", gpus=kept, links=links, version=2)
@@ -421,10 +423,11 @@ async def test_nothing_is_offered_that_could_be_the_device_of_a_pod_that_was_the
         assert world.service.views.phases()["held"] == 50
 
         gpus = world.gpus("h1")
-        report = world.service.inventory.get("h1").report
+        entry = world.service.inventory.get("h1")
+        assert entry is not None
         users = tuple(
             gpu.model_copy(update={"pods": (f"uid-old{gpus.index(gpu.uuid)}",)} if gpu.uuid in gpus[:7] else {})
-            for gpu in report.gpus
+            for gpu in entry.report.gpus
         )
         world.report("h1", gpus=users, sees_pods=True, version=2)
         assert world.devices("old3") == (gpus[3],)
@@ -544,6 +547,20 @@ async def test_case_19_freeing_room_wakes_refused_pods_by_touching_one_node():
             lambda: WAKE_ANNOTATION in (world.kube.objects["nodes"]["h1"]["metadata"].get("annotations") or {})
         )
         assert world.filter("p").fitting == ["h1"]
+
+
+async def test_a_pod_that_is_gone_does_not_wait_although_it_is_asked_for_once_more(world):
+    """kube-scheduler's watch may be behind ours."""
+    world.add_pod("p", {GPU: "16"})
+    gone = world.kube.pod("p")
+    assert not world.filter("p").fitting
+    assert "uid-p" in world.service.truth.waiting
+    world.kube.remove_pod("p")
+    await world.until(lambda: "uid-p" not in world.service.truth.waiting)
+
+    assert not world.service.extender.filter(Args(gone, list(world.nodes))).fitting
+
+    assert "uid-p" not in world.service.truth.waiting
 
 
 async def test_nobody_is_woken_when_nobody_waits():

@@ -37,6 +37,7 @@ def report(**changes: object) -> NodeReport:
 def test_the_geometry_is_the_reports_not_a_tables():
     """Case 20 is about tables; here a board reports a profile that no table has."""
     gpu = report().gpus[0]
+    assert gpu.mig is not None
     odd = gpu.mig.profiles[0].model_copy(update={"name": "1g.11gb+me"})
     changed = gpu.model_copy(update={"mig": Mig(enabled=True, profiles=(odd,))})
     geometry = node_of(report(gpus=(changed,), links=())).gpus[0].geometry

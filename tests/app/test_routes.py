@@ -10,6 +10,7 @@ from asgi_lifespan import LifespanManager
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from app.kube import Json
 from app.main import create_app
 from app.settings import Settings
 from app.simulate import report_of
@@ -43,7 +44,7 @@ async def nodes(client: httpx.AsyncClient) -> list[str]:
     return [node["name"] for node in (await client.get("/v1/cluster")).json()["nodes"]]
 
 
-async def place(client: httpx.AsyncClient, pod: dict[str, object]) -> dict[str, object]:
+async def place(client: httpx.AsyncClient, pod: Json) -> Json:
     """Filter, prioritize, bind; the placement as `/v1/` tells it."""
     names = await nodes(client)
     fits = (await client.post("/filter", json={"Pod": pod, "Nodes": None, "NodeNames": names})).json()["NodeNames"]
@@ -52,7 +53,8 @@ async def place(client: httpx.AsyncClient, pod: dict[str, object]) -> dict[str, 
     meta = pod["metadata"]
     bind = {"PodName": meta["name"], "PodNamespace": "default", "PodUID": meta["uid"], "Node": node}
     assert (await client.post("/bind", json=bind)).json() == {"Error": ""}
-    return (await client.get(f"/v1/pods/{meta['uid']}")).json()
+    placed: Json = (await client.get(f"/v1/pods/{meta['uid']}")).json()
+    return placed
 
 
 async def test_a_pod_is_placed_shown_and_released(client):
@@ -179,6 +181,7 @@ async def test_health_readiness_and_metrics_answer(client):
 
 async def test_a_profile_missing_from_managed_resources_is_a_warning(client):
     report = report_of(parse_samples("8xA100-mig:1")[0])
+    assert report.gpus[0].mig is not None
     profile = report.gpus[0].mig.profiles[0].model_copy(update={"name": "1g.11gb"})
     mig = report.gpus[0].mig.model_copy(update={"profiles": (profile,)})
     strange = report.model_copy(

@@ -1,5 +1,7 @@
 """Asks, placements and names as they stand on pods."""
 
+from collections.abc import Mapping
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +27,7 @@ def container(**resources: object) -> dict[str, object]:
     return {"name": "c", "resources": {"limits": resources}}
 
 
-def ask(spec: dict[str, object], **annotations: str) -> Demand | Malformed:
+def ask(spec: Mapping[str, object], **annotations: str) -> Demand | Malformed:
     return pod_of({"metadata": {"uid": "u", "name": "p", "annotations": annotations}, "spec": spec}).ask
 
 
@@ -145,5 +147,5 @@ def test_the_pod_is_read_with_all_that_matters():
     "pod", [{}, {"metadata": {}}, {"metadata": {"uid": "u"}, "spec": {}}, {"metadata": 1, "spec": 2}]
 )
 def test_what_is_no_pod_raises_value_error(pod):
-    with pytest.raises(ValueError, match="metadata|spec"):
+    with pytest.raises(ValueError, match=r"metadata|spec"):
         pod_of(pod)

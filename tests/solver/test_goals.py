@@ -33,7 +33,7 @@ def test_values_are_whole_and_between_nothing_and_the_node(kind: str) -> None:
 
 @given(st.one_of(st.sampled_from(REAL), geometries()), st.data())
 @settings(max_examples=60, deadline=None)
-def test_a_cut_gpu_is_worth_between_nothing_and_one_gpu_and_never_gains(geometry, data) -> None:  # type: ignore[no-untyped-def]
+def test_a_cut_gpu_is_worth_between_nothing_and_one_gpu_and_never_gains(geometry, data) -> None:
     """Whatever board an agent reports, absurd ones included."""
     state = empty(geometry)
     assert value(state) in (0, 1000)
