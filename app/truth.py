@@ -12,6 +12,7 @@ from app.ledger import Hold, Ledger, Phase
 from app.translate import DEFAULT_GRACE_SECONDS, Malformed, Pod, PodRef, Written
 from solver import Demand, Device
 
+RECENTLY_GONE = 10_000  # UIDs; kube-scheduler may ask for a pod until its own watch has seen the deletion
 FRESH_REFUSAL_SECONDS = 3.0  # a refusal this recent may have raced with the event that made room
 
 
@@ -54,6 +55,8 @@ class Truth:
         """UIDs of pods whose placement annotation we cannot explain, with what is wrong with it."""
         self._ending: dict[str, float] = {}
         """When pods that are being deleted were first seen so: the kubelet ends them a grace time later at most."""
+        self._gone: dict[str, None] = {}
+        """The latest pods that are gone, oldest first: one that is refused once more does not wait."""
         self.rebuilt = False
         """Whether one list of all pods has been applied: from then on we know every placement that we wrote."""
         self.chores = Chores()
@@ -83,6 +86,9 @@ class Truth:
         self.waiting.pop(uid, None)
         self.unexplained.pop(uid, None)
         ending = self._ending.pop(uid, None)
+        self._gone[uid] = None
+        if len(self._gone) > RECENTLY_GONE:
+            del self._gone[next(iter(self._gone))]
         hold = self._ledger.get(uid)
         if hold is None:
             return
@@ -251,6 +257,8 @@ class Truth:
 
     def refused(self, pod: Pod, reason: str) -> None:
         """No node that we were asked about fits this pod."""
+        if pod.ref.uid in self._gone:
+            return
         now = self._clock()
         before = self.waiting.pop(pod.ref.uid, None)
         while len(self.waiting) >= self._most_waiting:
