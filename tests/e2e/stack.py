@@ -286,12 +286,10 @@ class Stack:
     def empty(self, timeout: float = 60.0) -> None:
         """Delete all pods and wait until the service has nothing held, promised or waiting."""
         self.cluster.delete_all_pods(timeout=timeout)
-
-        def nothing() -> bool:
-            totals = self.service.get("/v1/cluster?limit=1")["totals"]
-            return not any(count for name, count in totals.items() if name.startswith("pods_"))
-
-        self.wait_for(nothing, "the service to hold nothing", timeout)
+        try:
+            self.wait_for(lambda: not self.service.get("/v1/pods")["pods"], "the service to hold nothing", timeout)
+        except TimeoutError as late:
+            raise TimeoutError(f"{late}; it says {self.service.get('/v1/pods')['pods'][:5]}") from None
 
     def logs(self) -> dict[str, str]:
         """What the services and kube-schedulers have written."""
@@ -380,6 +378,13 @@ class Service:
     def totals(self) -> dict[str, int]:
         """Its counts over the whole cluster."""
         return dict(self.get("/v1/cluster?limit=1")["totals"])
+
+    def metric(self, name: str) -> float:
+        """One sample of /metrics by its name and labels; 0 where it is not there yet."""
+        for line in self._http.get("/metrics").text.splitlines():
+            if line.startswith(f"{name} "):
+                return float(line.rsplit(" ", 1)[1])
+        return 0.0
 
     def verb(self, verb: str, body: Any, *, certificate: bool = True) -> Any:
         """One call to an extender verb, as kube-scheduler would make it."""

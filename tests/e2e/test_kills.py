@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import pytest
 
@@ -88,8 +88,8 @@ def kill_in_bursts(stack: Stack, *, kills: int, seed: int) -> str:
             kill_and_start_again(stack, TURNS[number % len(TURNS)], rng)
             moments.append(f"{TURNS[number % len(TURNS)]} after {seen} events")
         settle(stack, checker, since=started)
+    agree(stack)
     pods = checker.check()
-    agree(stack, pods)
     words = summary(stack, pods, time.monotonic() - started)
     stack.empty()
     return f"seed {seed}, {kills} kills ({', '.join(moments)}): {words}; {follower.events} events checked"
@@ -124,15 +124,17 @@ def make_room(stack: Stack, rng: random.Random) -> None:
         stack.cluster.delete_pod(pod["metadata"]["name"], grace_seconds=rng.choice([None, 0]))
 
 
-def agree(stack: Stack, pods: list[KubernetesObject]) -> None:
+def agree(stack: Stack) -> None:
     """What the service holds is what the API server says, no more and no less."""
-    bound = {pod["metadata"]["uid"]: pod for pod in pods if pod["spec"].get("nodeName") and is_live(pod)}
 
     def same() -> bool:
-        held: Mapping[str, str] = {
-            each["uid"]: each["node"] for each in stack.service.get("/v1/pods")["pods"] if each["phase"] == "held"
+        held = {each["uid"]: each["node"] for each in stack.service.get("/v1/pods")["pods"] if each["phase"] == "held"}
+        pods = stack.cluster.pods()
+        return held == {
+            pod["metadata"]["uid"]: pod["spec"]["nodeName"]
+            for pod in pods
+            if pod["spec"].get("nodeName") and is_live(pod)
         }
-        return held == {uid: pod["spec"]["nodeName"] for uid, pod in bound.items()}
 
     stack.wait_for(same, "the service to hold exactly what is bound", 20)
 
@@ -170,7 +172,8 @@ def churn(stack: Stack, *, seconds: float, seed: int, kill_every_seconds: float 
             stack.agents.thaw(frozen)
         stack.wait_reported()
         settle(stack, checker, since=started)
-    agree(stack, checker.check())
+    checker.check()
+    agree(stack)
     stack.empty()
     totals = stack.service.totals()
     assert (totals["gpus_held"], totals["slices_held"]) == (0, 0)
