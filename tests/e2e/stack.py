@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import json
 import random
+import ssl
 import sys
 import threading
 import time
@@ -386,14 +387,14 @@ class Service:
                 return float(line.rsplit(" ", 1)[1])
         return 0.0
 
-    def verb(self, verb: str, body: Any, *, certificate: bool = True) -> Any:
-        """One call to an extender verb, as kube-scheduler would make it."""
-        from ssl import create_default_context
-
+    def verb(self, verb: str, body: Any, *, certificate: tuple[Path, Path] | bool = True) -> Any:
+        """One call to an extender verb, as kube-scheduler would make it; or with another client certificate."""
         files = self._stack.certificates
-        context = create_default_context(cafile=str(files / "ca.crt"))
+        context = ssl.create_default_context(cafile=str(files / "ca.crt"))
+        if certificate is True:
+            certificate = (files / "client.crt", files / "client.key")
         if certificate:
-            context.load_cert_chain(files / "client.crt", files / "client.key")
+            context.load_cert_chain(*certificate)
         with httpx.Client(verify=context, timeout=20, trust_env=False) as client:
             reply = client.post(f"https://127.0.0.1:{self.extender_port}/{verb}", json=body)
             reply.raise_for_status()
