@@ -1,13 +1,13 @@
 """What can go wrong outside us. Expected refusals are values (`solver.Refusal`), not exceptions.
 
-    TangramError
-    ├── BadInput            a request, report or file that we cannot read; says what was wanted and found
-    └── KubeError           the API server did not do what we asked
-        ├── Refused         it answered 4xx: definitely not done
-        │   ├── NotFound    404
-        │   ├── Conflict    409: it changed meanwhile, or a precondition (uid, resourceVersion) failed
-        │   └── Gone        410: the watch or list must start anew
-        └── Unknown         timeout, reset or 5xx: it may have been done
+TangramError
+├── BadInput            a request, report or file that we cannot read; says what was wanted and found
+└── KubeError           the API server did not do what we asked
+    ├── Refused         it answered 4xx: definitely not done
+    │   ├── NotFound    404
+    │   ├── Conflict    409: it changed meanwhile, or a precondition (uid, resourceVersion) failed
+    │   └── Gone        410: the watch or list must start anew
+    └── Unknown         timeout, reset or 5xx: it may have been done
 """
 
 
