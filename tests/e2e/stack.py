@@ -112,11 +112,13 @@ class Stack:
         form: Form | None = "first",
         gateways: bool = False,
         service: bool = True,
+        port: int = 0,
     ) -> None:
         """`form` is which shipped kube-scheduler configuration runs (None: none is started).
 
         `gateways` puts a TCP relay before the API server (for the service only), before the service's public
-        and before its extender listener, so that a test can cut and turn connections.
+        and before its extender listener, so that a test can cut and turn connections. `port` is the
+        public listener's (0: a free one).
         """
         self.nodes = tuple(nodes)
         self.knobs = knobs or Knobs()
@@ -125,6 +127,7 @@ class Stack:
         self._make_agents = agents or real_agents
         self._with_service = service
         self._with_gateways = gateways
+        self._port = port
         self._closing = contextlib.ExitStack()
 
     @property
@@ -165,7 +168,7 @@ class Stack:
             self.public_gateway = self._closing.enter_context(Gateway())
             self.extender_gateway = self._closing.enter_context(Gateway())
         self.kubeconfig = self._service_kubeconfig()
-        first = self.add_service(SERVICE, start=False)
+        first = self.add_service(SERVICE, start=False, port=self._port)
         if self._with_gateways:
             self.turn_to(first)
         public = self.public_gateway.port if self._with_gateways else first.port
@@ -218,9 +221,9 @@ class Stack:
 
     # -- services -------------------------------------------------------------------------------------
 
-    def add_service(self, name: str, *, start: bool = True, **options: str) -> Service:
+    def add_service(self, name: str, *, start: bool = True, port: int = 0) -> Service:
         """One more `tangram serve`, under its own identity (its name)."""
-        service = Service(self, name, options)
+        service = Service(self, name, port=port)
         self.services[name] = service
         if start:
             service.start()
@@ -304,12 +307,11 @@ class Stack:
 class Service:
     """One `tangram serve` process."""
 
-    def __init__(self, stack: Stack, name: str, options: Mapping[str, str]) -> None:
+    def __init__(self, stack: Stack, name: str, *, port: int = 0) -> None:
         self.name = name
-        self.port = free_port()
+        self.port = port or free_port()
         self.extender_port = free_port()
         self._stack = stack
-        self._options = dict(options)
         self._started = False
         self._http = httpx.Client(base_url=self.url, timeout=10, trust_env=False)
 
@@ -416,7 +418,6 @@ class Service:
             "stale-seconds": str(knobs.stale_seconds),
             "orphan-seconds": str(knobs.orphan_seconds),
             **knobs.options,
-            **self._options,
         }
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
         return [sys.executable, "-m", "app.cli", "serve", *words]
