@@ -315,7 +315,7 @@ class Offer:
     step: Step
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=16384)
 def offers(state: State, part: int | str, policy: Policy) -> tuple[Offer, ...]:
     """Every useful way to serve so many whole GPUs, or one slice of a profile: cheapest first.
 

@@ -55,7 +55,6 @@ class Step:
         return sum(self.take)
 
 
-@lru_cache(maxsize=65536)
 def whole_steps(state: Whole, gpus: int) -> tuple[Step, ...]:
     """Every way to take that many whole GPUs, by class; one for each choice up to `topology.SUBSETS`."""
     return tuple(

@@ -19,7 +19,7 @@ path (board, one switch, several switches, host bridge, NUMA node, across socket
 below it only order and rough ratio mean anything (chosen by feel: published figures for NODE and SYS differ
 by host), and one table serves all generations, since only GPUs of one node are ever compared."""
 
-SUBSETS = 2_000
+SUBSETS = 1_200
 """Ways to choose GPUs by class that are looked at one by one. All boards of 8 have at most 70, 16 GPUs in
 bridged pairs 1,107; only boards of more than 12 GPUs that are all wired differently go beyond, and then the
 choice is a greedy one (legal always, best not surely)."""
@@ -170,7 +170,7 @@ def fewest_numa_nodes(wiring: Board, gpus: int) -> int:
     return nodes
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=1024)
 def subsets(wiring: Board, free: Counts, gpus: int) -> tuple[Counts, ...]:
     """The ways to choose that many of the free GPUs, by class; the greedy ones where there are too many."""
     if gpus < 0 or gpus > sum(free):
