@@ -13,6 +13,7 @@ Every verb may be called twice, in any order, and for pods that are never heard 
 
 import asyncio
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 RANK_STEP = 1000  # ×10 by kube-scheduler: one rank outweighs all in-tree scores together (about 1,400)
 LOOK_EVERY = 512  # nodes between two looks at the clock
 REASONS_KEPT = 3
+DETAILED_NODES = 8  # with more nodes than this left out, kube-scheduler gets reasons without their details:
+# it joins all that differ into the pod's condition, which at 5,000 nodes would be a megabyte
 FIRST_RETRY_SECONDS = 0.2
 LONGEST_RETRY_SECONDS = 5.0
 
@@ -100,8 +103,22 @@ class Extender:
         if fitting:
             self._truth.fits(pod.ref.uid)
         else:
-            self._refused(pod, summary(result))
+            self._refused(pod, self._summary(pod.ask, result))
         return result
+
+    def _summary(self, demand: Demand, result: Filtered) -> str:
+        """Why no node fits, in one line: first the reasons that room would mend, then the frequent ones."""
+        nearest = next(iter(result.failed), None) or next(iter(result.unresolvable), None)
+        if nearest is None:
+            return "kube-scheduler offered no node"
+        counted: list[tuple[str, int]] = []
+        for reasons in (result.failed, result.unresolvable):
+            counted += Counter(head(reason) for reason in reasons.values()).most_common()
+        parts = [f"{count} node{'s' if count != 1 else ''}: {reason}" for reason, count in counted[:REASONS_KEPT]]
+        more = len(counted) - REASONS_KEPT
+        detail = self._offers.refusal(demand, nearest).reason
+        example = f" (on {nearest}: {detail})" if detail != head(detail) else ""
+        return "; ".join(parts) + (f"; and {more} other reasons" if more > 0 else "") + example
 
     def _refused(self, pod: Pod, reason: str) -> None:
         """The pod waits, with this reason; an earlier proposal of its own stands in nobody's way any more."""
@@ -116,13 +133,14 @@ class Extender:
         failed: dict[str, str] = {}
         unresolvable: dict[str, str] = {}
         latest = self._clock() + self._settings.cycle_deadline_seconds
+        brief = len(names) - len(fits) > DETAILED_NODES
         for position, name in enumerate(names):
             if name in fits:
                 continue
             if position % LOOK_EVERY == 0 and self._clock() > latest:
                 return Filtered(error=f"filter took longer than {self._settings.cycle_deadline_seconds} s")
             refusal = self._offers.refusal(demand, name)
-            (failed if refusal.resolvable else unresolvable)[name] = refusal.reason
+            (failed if refusal.resolvable else unresolvable)[name] = head(refusal.reason) if brief else refusal.reason
         return Filtered(fitting, failed, unresolvable)
 
     # -- prioritize -----------------------------------------------------------------------------------
@@ -443,14 +461,9 @@ class Extender:
         await asyncio.gather(*rest, return_exceptions=True)
 
 
-def summary(result: Filtered) -> str:
-    """Reasons of many nodes in one line: first those that room would help, then the most frequent."""
-    if not result.failed and not result.unresolvable:
-        return "kube-scheduler offered no node"
-    counted = [*Counter(result.failed.values()).most_common(), *Counter(result.unresolvable.values()).most_common()]
-    parts = [f"{count} node{'s' if count != 1 else ''}: {reason}" for reason, count in counted[:REASONS_KEPT]]
-    more = len(counted) - REASONS_KEPT
-    return "; ".join(parts) + (f"; and {more} other reasons" if more > 0 else "")
+def head(reason: str) -> str:
+    """A reason without its details, which come after a colon or a semicolon."""
+    return re.split("[:;] ", reason, maxsplit=1)[0]
 
 
 def _scores(prices: Mapping[str, int], *, first_rank: int) -> dict[str, int]:

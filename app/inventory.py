@@ -76,7 +76,7 @@ class Inventory:
             return "no agent has reported this node's GPUs"
         silent = self.silent_for(name, now=now)
         if silent > self._stale_seconds:
-            return f"its agent has been silent for {silent:.0f} s"
+            return f"its agent is silent: not heard for {silent:.0f} s"
         if entry.report.error:
             return f"its agent cannot read NVML: {entry.report.error}"
         return ""

@@ -53,6 +53,19 @@ async def test_every_node_that_is_left_out_has_a_reason(world):
     assert "no agent" in result.unresolvable["nobody"]
 
 
+async def test_reasons_stay_short_on_many_nodes_and_one_is_told_in_full():
+    """kube-scheduler joins all reasons that differ into the pod's condition."""
+    async with World({f"m{number}": "8xA100-mig" for number in range(10)}).running() as world:
+        for number in range(80):
+            world.add_pod(f"p{number}", {"nvidia.com/mig-7g.80gb": "1"})
+            assert await world.schedule(f"p{number}")
+        world.add_pod("q", {MIG: "1"})
+        assert set(world.filter("q").failed.values()) == {"no legal start for 3g.40gb"}
+        reason = world.service.truth.waiting["uid-q"].reason
+        assert reason.startswith("10 nodes: no legal start for 3g.40gb (on m0: ")
+        assert "7g.80gb@0 in the way" in reason
+
+
 async def test_a_pod_that_asks_nothing_of_us_passes_untouched(world):
     world.add_pod("p")
     assert world.filter("p", ["h1", "nobody"]).fitting == ["h1", "nobody"]

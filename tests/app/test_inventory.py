@@ -48,7 +48,7 @@ def test_the_geometry_is_the_reports_not_a_tables():
 def test_a_silent_agent_makes_its_node_stale_and_its_next_word_brings_it_back(inventory):
     inventory.accept(report(boot="b", version=1), now=0)
     assert inventory.fault("n", now=30) == ""
-    assert "silent for 31 s" in inventory.fault("n", now=31)
+    assert "not heard for 31 s" in inventory.fault("n", now=31)
     assert inventory.beat(Unchanged(node="n", boot="b", version=1), now=40)
     assert inventory.fault("n", now=41) == ""
 
