@@ -148,12 +148,15 @@ class Truth:
         by a former holder of the Lease. It is removed, which also makes a late Binding of theirs fail.
         """
         hold = self._ledger.get(pod.ref.uid)
-        if pod.written is None or (hold is not None and hold.firm and self.rebuilt):
+        written = pod.written if isinstance(pod.written, Written) else None
+        known = hold is not None and hold.firm
+        if pod.written is None or (known and self.rebuilt):
+            return
+        if known and hold is not None and written is not None and written.devices == hold.devices:
             return
         devices = self._explained(pod)
-        if devices and isinstance(pod.written, Written) and isinstance(pod.ask, Demand):
-            now = self._clock()
-            self._ledger.restore(Hold(pod.ref, pod.written.node, pod.ask, devices, Phase.ASSUMED, now))
+        if devices and written is not None and isinstance(pod.ask, Demand):
+            self._ledger.restore(Hold(pod.ref, written.node, pod.ask, devices, Phase.ASSUMED, self._clock()))
         if self.rebuilt or not devices:
             self.chores.settle[pod.ref.uid] = pod.ref
 
