@@ -39,11 +39,12 @@ def _outcomes(problem: Problem, plan: Plan) -> list[str]:
     """Every ask has exactly one outcome, and nobody else has one."""
     asked = [ask.id for ask in problem.asks]
     answered = [ask for ask, _ in plan.outcomes]
-    if len(set(asked)) != len(asked):
+    known, seen = set(asked), set(answered)
+    if len(known) != len(asked):
         return ["two asks have the same id"]
     wrong = [f"{ask} has {count} outcomes" for ask, count in Counter(answered).items() if count > 1]
-    wrong += [f"{ask} has no outcome" for ask in asked if ask not in set(answered)]
-    wrong += [f"{ask} was not asked" for ask in answered if ask not in set(asked)]
+    wrong += [f"{ask} has no outcome" for ask in asked if ask not in seen]
+    wrong += [f"{ask} was not asked" for ask in answered if ask not in known]
     return wrong if wrong or asked == answered else ["outcomes are not in the order of the problem"]
 
 
