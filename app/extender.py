@@ -66,6 +66,7 @@ class Extender:
         truth: Truth,
         kube: Kube | None,
         waiting_for: Callable[[], list[str]],
+        term: Callable[[], int],
         clock: Callable[[], float],
     ) -> None:
         self._settings = settings
@@ -74,6 +75,7 @@ class Extender:
         self._truth = truth
         self._kube = kube
         self._waiting_for = waiting_for
+        self._term = term
         self._clock = clock
         self._binds: dict[str, tuple[str, asyncio.Task[str]]] = {}
         self._settling: dict[str, asyncio.Task[None]] = {}
@@ -94,7 +96,9 @@ class Extender:
         hold = self._ledger.get(pod.ref.uid)
         if hold is not None and hold.firm:
             return _only(hold, args.names)
-        fitting = self._offers.fitting(pod.ask, args.names)
+        fitting = self._offers.fitting(pod.ask, args.names, self._until_deadline())
+        if fitting is None:
+            return Filtered(error=f"filter took longer than {self._settings.cycle_deadline_seconds} s; ask again")
         result = self._explained(pod.ask, args.names, fitting)
         if result.error:
             return result
@@ -132,12 +136,12 @@ class Extender:
         fits = set(fitting)
         failed: dict[str, str] = {}
         unresolvable: dict[str, str] = {}
-        latest = self._clock() + self._settings.cycle_deadline_seconds
+        go_on = self._until_deadline()
         brief = len(names) - len(fits) > DETAILED_NODES
         for position, name in enumerate(names):
             if name in fits:
                 continue
-            if position % LOOK_EVERY == 0 and self._clock() > latest:
+            if position % LOOK_EVERY == 0 and not go_on():
                 return Filtered(error=f"filter took longer than {self._settings.cycle_deadline_seconds} s")
             refusal = self._offers.refusal(demand, name)
             (failed if refusal.resolvable else unresolvable)[name] = head(refusal.reason) if brief else refusal.reason
@@ -150,7 +154,7 @@ class Extender:
         pod = self._pod(args.pod)
         if isinstance(pod, NotNow) or isinstance(pod.ask, Malformed) or not pod.ask:
             return []
-        priced = self._offers.priced(pod.ask, args.names, uid=pod.ref.uid)
+        priced = self._offers.priced(pod.ask, args.names, self._until_deadline(), uid=pod.ref.uid)
         scores = _scores(priced.promised, first_rank=1)
         scores |= _scores(priced.free, first_rank=1 + len(set(priced.promised.values())))
         if not scores:
@@ -160,6 +164,11 @@ class Extender:
         self._propose(pod, pod.ask, first)
         scores[first] += 1
         return list(scores.items())
+
+    def _until_deadline(self) -> Callable[[], bool]:
+        """Whether there is time left in this request: asked between two nodes."""
+        latest = self._clock() + self._settings.cycle_deadline_seconds
+        return lambda: self._clock() <= latest
 
     def _propose(self, pod: Pod, demand: Demand, node: str) -> None:
         best = self._offers.best(demand, node, uid=pod.ref.uid)
@@ -206,10 +215,21 @@ class Extender:
             if node != args.node:
                 return f"{args.pod} is being bound to {node} right now"
             return await asyncio.shield(task)
-        task = asyncio.create_task(self._bind(args), name=f"bind {args.pod}")
+        task = asyncio.create_task(self._bind_and_settle(args), name=f"bind {args.pod}")
         self._binds[args.pod.uid] = (args.node, task)
         task.add_done_callback(lambda _: self._binds.pop(args.pod.uid, None))
         return await asyncio.shield(task)
+
+    async def _bind_and_settle(self, args: BindArgs) -> str:
+        """Whatever is left assumed by a bind that was not made must be settled."""
+        error = "a fault inside Tangram"
+        try:
+            error = await self._bind(args)
+        finally:
+            hold = self._ledger.get(args.pod.uid)
+            if error and hold is not None and hold.phase is Phase.ASSUMED:
+                self.settle(hold.pod)
+        return error
 
     async def _bind(self, args: BindArgs) -> str:
         latest = self._clock() + self._settings.bind_deadline_seconds
@@ -229,6 +249,11 @@ class Extender:
             return ""
         if not pod.ask:
             return await self._bind_without_devices(args, latest)
+        hold = self._ledger.get(pod.ref.uid)
+        if hold is not None and hold.phase is Phase.HELD and hold.node == args.node:
+            return ""
+        promised_before = hold is not None and hold.firm
+        term = self._term()
         devices = self._assume(pod, pod.ask, args.node)
         if isinstance(devices, Refusal):
             reason = f"{args.node}: {devices.reason}"
@@ -238,7 +263,20 @@ class Extender:
         if self._kube is None:
             self._ledger.confirm(pod.ref.uid, now=self._clock())
             return ""
-        return await self._write_and_bind(self._kube, pod.ref, devices, latest)
+        try:
+            async with asyncio.timeout(self._left(latest)):
+                try:
+                    version = await self._write(self._kube, pod.ref, devices, latest)
+                except Refused as error:
+                    # Nothing was written by this call. An earlier one may have a Binding under way, and is settled.
+                    if not promised_before:
+                        self._ledger.forget(pod.ref.uid)
+                    return f"the placement could not be written to {pod.ref}: {error}"
+                if self._clock() >= latest or self._term() != term or not self._still_ours(pod.ref, devices):
+                    return f"no time was left to bind {pod.ref} after its placement had been written, or it had changed"
+                return await self._create_binding(self._kube, pod.ref, devices.node, version, latest)
+        except (KubeError, TimeoutError) as error:
+            return f"it is not known whether {pod.ref} was bound: {error}"
 
     async def _find(self, ref: PodRef) -> Pod:
         """The pod of that UID, from the watch or else from the API server. Raises KubeError."""
@@ -278,65 +316,63 @@ class Extender:
             return refusal
         return Placement(hold.node, hold.devices, hold.prices)
 
-    async def _write_and_bind(self, kube: Kube, pod: PodRef, placement: Placement, latest: float) -> str:
+    async def _write(self, kube: Kube, pod: PodRef, placement: Placement, latest: float) -> str:
+        """The placement onto the pod; the pod's new version. Raises KubeError."""
         text = write_placement(pod.uid, placement.node, placement.devices)
-        try:
-            version = await kube.annotate_pod(
-                pod.namespace, pod.name, {PLACEMENT_ANNOTATION: text}, uid=pod.uid, timeout=self._left(latest)
-            )
-        except Refused as error:
-            self._ledger.forget(pod.uid)
-            return f"the placement could not be written to {pod}: {error}"
-        except KubeError as error:
-            self.settle(pod)
-            return f"it is not known whether the placement was written to {pod}: {error}"
-        if self._clock() >= latest or self._waiting_for():
-            self.settle(pod)
-            return f"no time was left to bind {pod} after its placement had been written"
+        return await kube.annotate_pod(
+            pod.namespace, pod.name, {PLACEMENT_ANNOTATION: text}, uid=pod.uid, timeout=self._left(latest)
+        )
+
+    def _still_ours(self, pod: PodRef, placement: Placement) -> bool:
+        """Whether the promise still stands after waiting for the API server: much may have happened."""
+        hold = self._ledger.get(pod.uid)
+        ready = not self._waiting_for() and hold is not None and hold.phase is Phase.ASSUMED
+        if hold is None or not ready or hold.devices != placement.devices:
+            return False
+        return not isinstance(self._again(hold), Refusal)
+
+    async def _create_binding(self, kube: Kube, pod: PodRef, node: str, version: str, latest: float) -> str:
+        """Bind; a definite refusal is undone. Raises Unknown and TimeoutError: the caller's hold is then settled."""
         try:
             await kube.bind(
-                pod.namespace,
-                pod.name,
-                placement.node,
-                uid=pod.uid,
-                resource_version=version,
-                timeout=self._left(latest),
+                pod.namespace, pod.name, node, uid=pod.uid, resource_version=version, timeout=self._left(latest)
             )
         except Refused as error:
-            return await self._bind_refused(kube, pod, placement.node, error)
-        except KubeError as error:
-            self.settle(pod)
-            return f"it is not known whether {pod} was bound: {error}"
+            refused = f"{pod} could not be bound: {error}"
+            if isinstance(error, Conflict) and await self._is_bound(kube, pod, node):
+                return ""
+            self.check(node, f"its last bind was refused: {error}")
+            await self._undo(kube, pod, version, latest)
+            return refused
         self._ledger.confirm(pod.uid, now=self._clock())
         return ""
 
-    async def _bind_refused(self, kube: Kube, pod: PodRef, node: str, error: Refused) -> str:
-        """Undo, unless the conflict is that an earlier Binding of ours had been made after all."""
-        if isinstance(error, Conflict):
-            try:
-                now = pod_of(await kube.get_pod(pod.namespace, pod.name))
-            except KubeError:
-                self.settle(pod)
-                return f"{pod} could not be bound: {error}"
-            if now.ref.uid == pod.uid and now.node == node:
-                self._truth.pod_seen(now)
-                return ""
-        self.check(node, f"its last bind was refused: {error}")
+    async def _is_bound(self, kube: Kube, pod: PodRef, node: str) -> bool:
+        """Whether the conflict is that an earlier Binding of ours had been made after all."""
+        try:
+            now = pod_of(await kube.get_pod(pod.namespace, pod.name))
+        except NotFound:
+            return False
+        if now.ref.uid != pod.uid or now.node != node:
+            return False
+        self._truth.pod_seen(now)
+        return True
+
+    async def _undo(self, kube: Kube, pod: PodRef, version: str, latest: float) -> None:
+        """Remove the annotation of the very version that we wrote, then forget; anything else is left to `settle`."""
         try:
             await kube.annotate_pod(
                 pod.namespace,
                 pod.name,
                 {PLACEMENT_ANNOTATION: None},
                 uid=pod.uid,
-                timeout=FIRST_RETRY_SECONDS * 10,
+                resource_version=version,
+                timeout=self._left(latest),
             )
-        except NotFound:
-            pass
-        except KubeError:
-            self.settle(pod)
-            return f"{pod} could not be bound: {error}"
+        except KubeError as error:
+            log.info("undoing the bind of %s: %s", pod, error)
+            return
         self._ledger.forget(pod.uid)
-        return f"{pod} could not be bound: {error}"
 
     async def _bind_without_devices(self, args: BindArgs, latest: float) -> str:
         """A pod that asks for nothing of ours, sent to us all the same (managedResources is empty)."""
@@ -438,17 +474,18 @@ class Extender:
                 await kube.get_node(node)
                 pods = await kube.list("pods", fields=f"spec.nodeName={node}")
                 for pod in pods.items:
-                    self._truth.pod_seen(pod_of(pod))
+                    self._truth.json_seen(pod)
                 self._offers.unbar(node)
                 self._truth.made_room(node)
                 return
             except NotFound:
-                self._offers.bar(node, "the API server has no such node")
-                return
+                if node not in self._truth.nodes:
+                    self._offers.bar(node, "the API server has no such node")
+                    return  # the node's coming back ends it
             except KubeError as error:
                 log.info("checking node %s: %s", node, error)
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, LONGEST_RETRY_SECONDS)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_RETRY_SECONDS)
 
     async def close(self) -> None:
         """Let binds in flight end, then stop everything else."""

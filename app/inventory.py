@@ -5,7 +5,7 @@ except what agents saw of them (which pod has a process on which device).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from app.report import Gpu, Instance, Link, NodeReport, Unchanged
 from app.translate import profile_as_asked
@@ -23,7 +23,6 @@ class Entry:
     users: dict[Device, frozenset[str]]
     heard: float
     lasting: bool = False
-    full_reports: int = field(default=1)
 
 
 class Inventory:
@@ -32,6 +31,7 @@ class Inventory:
     def __init__(self, *, stale_seconds: float) -> None:
         self._stale_seconds = stale_seconds
         self._entries: dict[str, Entry] = {}
+        self._homes: dict[str, set[str]] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._entries))
@@ -43,14 +43,17 @@ class Inventory:
         """What is known of a node, stale or not."""
         return self._entries.get(name)
 
-    def accept(self, report: NodeReport, *, now: float, lasting: bool = False) -> Entry:
-        """Take a full report. `lasting`: it came from a file and never goes stale."""
+    def accept(self, report: NodeReport, *, now: float, lasting: bool = False) -> bool:
+        """Take a full report; False for one that is older than what we have. `lasting`: from a file, never stale."""
         before = self._entries.get(report.node)
-        entry = Entry(report, node_of(report), users_of(report), now, lasting)
-        if before is not None:
-            entry.full_reports = before.full_reports + 1
-        self._entries[report.node] = entry
-        return entry
+        same_agent = before is not None and report.boot and before.report.boot == report.boot
+        if before is not None and same_agent and report.version < before.report.version:
+            return False
+        self.drop(report.node)
+        self._entries[report.node] = Entry(report, node_of(report), users_of(report), now, lasting)
+        for gpu in report.gpus:
+            self._homes.setdefault(gpu.uuid, set()).add(report.node)
+        return True
 
     def beat(self, unchanged: Unchanged, *, now: float) -> bool:
         """An agent says "nothing new"; False where we do not hold the version that it means."""
@@ -62,7 +65,16 @@ class Inventory:
 
     def drop(self, name: str) -> None:
         """Forget a node that is gone."""
-        self._entries.pop(name, None)
+        entry = self._entries.pop(name, None)
+        for gpu in entry.report.gpus if entry else ():
+            homes = self._homes[gpu.uuid]
+            homes.discard(name)
+            if not homes:
+                del self._homes[gpu.uuid]
+
+    def homes(self, gpu: str) -> frozenset[str]:
+        """The nodes that report this GPU (UUID): one, unless a node was renamed or a board was moved."""
+        return frozenset(self._homes.get(gpu, ()))
 
     def silent_for(self, name: str, *, now: float) -> float:
         """Seconds since the node was last heard of; 0 for lasting entries."""

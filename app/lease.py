@@ -34,6 +34,8 @@ class Lease:
         self._seen: tuple[str, str] | None = None
         self._seen_at = 0.0
         self.holder = ""
+        self.term = 0
+        """Counts how often the Lease became ours: what was decided in one term is not valid in the next."""
 
     def held(self) -> bool:
         """Whether the lease is ours right now, with a margin for a call in flight."""
@@ -105,5 +107,7 @@ class Lease:
         except Conflict:
             self._renewed = None
             return
+        if not self.held():
+            self.term += 1
         self.holder = self._identity
         self._renewed = asked

@@ -73,6 +73,7 @@ class Ledger:
         self._soft: dict[str, set[str]] = {}
         self._leaving: set[str] = set()
         self._assumed: set[str] = set()
+        self._by_gpu: dict[str, set[str]] = {}
         self._changed: set[str] = set()
 
     def __len__(self) -> int:
@@ -111,6 +112,13 @@ class Ledger:
     def nodes_with_proposals(self) -> frozenset[str]:
         """Where something is softly promised."""
         return frozenset(self._soft)
+
+    def elsewhere(self, gpu: str, *, node: str) -> Hold | None:
+        """A firm hold on this GPU (UUID) under another node's name: nodes are renamed, boards are moved."""
+        for uid in self._by_gpu.get(gpu, ()):
+            if self._holds[uid].node != node:
+                return self._holds[uid]
+        return None
 
     def leaving(self) -> tuple[Hold, ...]:
         """Pods that are gone, with devices that have not been seen idle."""
@@ -166,7 +174,7 @@ class Ledger:
         """Somebody saw which devices a pod of unknown devices uses."""
         hold = self._holds.get(uid)
         if hold is not None and hold.unknown:
-            self._put(replace(hold, devices=tuple(sorted(devices))))
+            self._put(replace(hold, devices=tuple(sorted(devices, key=str))))
 
     def forget(self, uid: str) -> None:
         """The bind was definitely not made: the devices are free again."""
@@ -203,7 +211,10 @@ class Ledger:
             before = None
         self._holds[hold.pod.uid] = hold
         self._by_node.setdefault(hold.node, {})[hold.pod.uid] = hold
-        self._unindex(hold)
+        self._unindex(before or hold)
+        if hold.firm:
+            for device in hold.devices:
+                self._by_gpu.setdefault(device.gpu, set()).add(hold.pod.uid)
         if hold.phase is Phase.LEAVING:
             self._leaving.add(hold.pod.uid)
         elif hold.phase is Phase.ASSUMED:
@@ -226,6 +237,11 @@ class Ledger:
     def _unindex(self, hold: Hold) -> None:
         self._leaving.discard(hold.pod.uid)
         self._assumed.discard(hold.pod.uid)
+        for device in hold.devices:
+            users = self._by_gpu.get(device.gpu, set())
+            users.discard(hold.pod.uid)
+            if not users:
+                self._by_gpu.pop(device.gpu, None)
         soft = self._soft.get(hold.node, set())
         soft.discard(hold.pod.uid)
         if not soft:

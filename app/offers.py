@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from app.inventory import Entry, Inventory
 from app.ledger import Hold, Ledger
+from app.translate import EVERY_PROFILE
 from solver import Demand, Device, Node, Placement, Policy, Ranking, Refusal, price, quote
 from solver.geometry import faults
 
@@ -35,6 +36,9 @@ class Offers:
         self._barred: dict[str, str] = {}
         self._faults: dict[str, str] = {}
         self._dirty: set[str] = set()
+        self.blind_until = float("-inf")
+        """Until then a node whose agent does not see pods is kept back: pods that were force-deleted while
+        nobody watched may still be ending there."""
         self.updated = 0
         """How many times a node's rows were made anew: work that must grow with changes only."""
 
@@ -53,6 +57,18 @@ class Offers:
         """Offer the node again as its report allows."""
         if self._barred.pop(name, None) is not None:
             self._dirty.add(name)
+
+    def keep_back_the_blind(self, *, until: float) -> None:
+        """We have just begun to watch: nodes whose agents do not see pods wait for this long."""
+        self.blind_until = until
+        self._dirty.update(self._inventory)
+
+    def forget(self, name: str) -> None:
+        """The node is no more."""
+        self._barred.pop(name, None)
+        self._faults.pop(name, None)
+        self._dirty.discard(name)
+        self._ranking.remove(name)
 
     def refresh(self, *, now: float) -> None:
         """Bring the rows of changed nodes up to date."""
@@ -85,7 +101,12 @@ class Offers:
         self._ranking.put(node, taken)
 
     def _fault(self, name: str, *, now: float) -> str:
-        return self._barred.get(name) or self._inventory.fault(name, now=now)
+        fault = self._barred.get(name) or self._inventory.fault(name, now=now)
+        if fault or now >= self.blind_until:
+            return fault
+        entry = self._inventory.get(name)
+        blind = entry is not None and not entry.report.sees_pods
+        return "its agent does not see which pods use its GPUs, and some may still be ending" if blind else ""
 
     # -- asking ---------------------------------------------------------------------------------------
 
@@ -95,10 +116,13 @@ class Offers:
             return self._faults[name]
         return "" if self._inventory.get(name) is not None else "no agent has reported this node's GPUs"
 
-    def fitting(self, demand: Demand, names: Iterable[str]) -> list[str]:
-        """The nodes among `names`, in their order, that have a legal step for the demand."""
-        prices = self._ranking.prices(demand)
-        return [name for name in names if name in prices]
+    def fitting(self, demand: Demand, names: Iterable[str], go_on: Callable[[], bool]) -> list[str] | None:
+        """The nodes among `names`, in their order, that have a legal step; None where `go_on()` ended the search.
+
+        What was worked out until then is kept, so asking again gets further.
+        """
+        prices = self._ranking.prices_while(demand, go_on)
+        return None if prices is None else [name for name in names if name in prices]
 
     def refusal(self, demand: Demand, name: str) -> Refusal:
         """Why this node does not fit."""
@@ -107,9 +131,9 @@ class Offers:
             return Refusal(fault, resolvable=False)
         return self._ranking.refusal(demand, name) or Refusal(f"fits {demand} after all; ask again")
 
-    def priced(self, demand: Demand, names: Iterable[str], *, uid: str) -> Priced:
+    def priced(self, demand: Demand, names: Iterable[str], go_on: Callable[[], bool], *, uid: str) -> Priced:
         """The price of each fitting node; apart from them those that fit on softly promised devices only."""
-        prices = self._ranking.prices(demand)
+        prices = self._ranking.prices_while(demand, go_on) or {}
         free = {name: prices[name] for name in names if name in prices}
         promised: dict[str, int] = {}
         for name in self._ledger.nodes_with_proposals():
@@ -177,6 +201,13 @@ class Offers:
                 gpus, slices = could_be(hold, entry.node, taken)
                 taken += slices
                 kept_back.update(dict.fromkeys(gpus, f"may be in use by {hold.pod}, which Tangram did not place"))
+        for gpu in entry.node.gpus:
+            away = self._ledger.elsewhere(gpu.uuid, node=name)
+            homes = self._inventory.homes(gpu.uuid)
+            if away is not None and away.pod.uid not in but:
+                kept_back[gpu.uuid] = f"is held by {away.pod} under the node name {away.node}"
+            elif len(homes) > 1:
+                kept_back[gpu.uuid] = f"is reported by more than one node: {', '.join(sorted(homes))}"
         if not kept_back:
             return entry.node, tuple(taken)
         gpus_now = tuple(replace(gpu, withheld=gpu.withheld or kept_back.get(gpu.uuid, "")) for gpu in entry.node.gpus)
@@ -211,6 +242,9 @@ def could_be(hold: Hold, node: Node, taken: Sequence[Device]) -> tuple[list[str]
     if hold.demand.gpus:
         gpus += [gpu.uuid for gpu in node.gpus if gpu.geometry is None and Device(gpu.uuid) not in held]
     for profile, count in hold.demand.slices:
+        if profile == EVERY_PROFILE:
+            gpus += [gpu.uuid for gpu in node.gpus if gpu.geometry is not None]
+            continue
         there = [
             device
             for gpu in node.gpus

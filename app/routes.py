@@ -121,8 +121,7 @@ def public_routes(service: Service) -> APIRouter:
             service.metrics.reports.labels("unchanged").inc()
             return ReportReply(resend=not service.beat(report))
         service.metrics.reports.labels("full").inc()
-        service.report(report)
-        return ReportReply(resend=False)
+        return ReportReply(resend=not service.report(report))
 
     @router.get("/v1/cluster")
     async def cluster(limit: Annotated[int, Query(ge=1, le=10_000)] = 200, after: str = "") -> Response:

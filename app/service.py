@@ -8,7 +8,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from typing import Any
 
 from app.errors import BadInput, KubeError
 from app.extender import Extender
@@ -21,8 +20,8 @@ from app.metrics import Metrics
 from app.offers import Offers
 from app.report import NodeReport, Unchanged
 from app.settings import Settings
-from app.translate import WAKE_ANNOTATION, Pod, pod_of, resource_of_profile
-from app.truth import Truth
+from app.translate import WAKE_ANNOTATION, resource_of_profile
+from app.truth import Truth, readable
 from app.views import Views
 from app.watch import Watch
 from solver import DEFAULT_POLICY
@@ -30,6 +29,8 @@ from solver import DEFAULT_POLICY
 log = logging.getLogger(__name__)
 
 CHORES_SECONDS = 0.5
+GONE_AFTER_STALE = 4.0  # times `stale_seconds`: then a node that the API server does not have is forgotten
+UNKNOWN_WAITERS_SECONDS = 60.0  # after a rebuild: by then the agents have reported and the pods were looked at anew
 LOOK_SECONDS = 0.05
 SHOWN = 5
 
@@ -69,11 +70,14 @@ class Service:
             truth=self.truth,
             kube=kube,
             waiting_for=self.waiting_for,
+            term=self._current_term,
             clock=clock,
         )
         self._tasks: list[asyncio.Task[None]] = []
         self.broken = ""
         """What ended that must never end; liveness fails then, and a restart rebuilds everything."""
+        self._rebuilt_in_term = 0
+        self._rebuilt_at = clock()
         self._managed = frozenset(managed_resource_names())
         self._unmanaged: tuple[str, ...] = ()
 
@@ -108,12 +112,15 @@ class Service:
         while True:
             while not self.lease.held():
                 await asyncio.sleep(LOOK_SECONDS)
+            term = self.lease.term
             self.truth.rebuilt = False
             for watch in self.watches:
                 watch.lists = 0
+            self._rebuilt_in_term, self._rebuilt_at = term, self.clock()
+            self.offers.keep_back_the_blind(until=self.clock() + self.settings.blind_seconds)
             followers = [asyncio.create_task(watch.run()) for watch in self.watches]
             try:
-                while self.lease.held() and not any(follower.done() for follower in followers):
+                while self._leads(term) and not any(follower.done() for follower in followers):
                     await asyncio.sleep(LOOK_SECONDS)
             finally:
                 for follower in followers:
@@ -122,6 +129,13 @@ class Service:
             for error in ended:
                 if isinstance(error, Exception):
                     raise error
+
+    def _leads(self, term: int) -> bool:
+        assert self.lease is not None
+        return self.lease.held() and self.lease.term == term
+
+    def _current_term(self) -> int:
+        return self.lease.term if self.lease is not None else 0
 
     def _watch(
         self,
@@ -146,6 +160,8 @@ class Service:
         if self.lease is not None and not self.lease.held():
             holder = f" (held by {self.lease.holder})" if self.lease.holder else ""
             waits.append(f"the Lease {self.settings.namespace}/{self.settings.lease_name}{holder}")
+        elif self._current_term() != self._rebuilt_in_term:
+            waits.append("the rebuild after the Lease came back")
         waits += [f"the first list of {watch.resource}" for watch in self.watches if not watch.lists]
         return waits
 
@@ -167,15 +183,25 @@ class Service:
 
     # -- agents ---------------------------------------------------------------------------------------
 
-    def report(self, report: NodeReport, *, lasting: bool = False) -> None:
-        """Take an agent's full report (or one from an inventory file)."""
-        self.inventory.accept(report, now=self.clock(), lasting=lasting)
+    def report(self, report: NodeReport, *, lasting: bool = False) -> bool:
+        """Take an agent's full report (or one from an inventory file); False for one that came too late."""
+        concerned = self._sharing(report.node)
+        if not self.inventory.accept(report, now=self.clock(), lasting=lasting):
+            return False
+        for node in concerned | self._sharing(report.node):
+            self.offers.touch(node)
         reported = {resource_of_profile(profile) for profile in profiles_in(report)}
         self._unmanaged = tuple(sorted({*self._unmanaged, *(reported - self._managed)}))
         self.offers.touch(report.node)
         self.truth.learn(report.node)
         self.truth.settle()
         self.truth.made_room(report.node)
+        return True
+
+    def _sharing(self, name: str) -> set[str]:
+        """The nodes that report some GPU of this node as theirs (after a renaming, say)."""
+        entry = self.inventory.get(name)
+        return {home for gpu in (entry.report.gpus if entry else ()) for home in self.inventory.homes(gpu.uuid)}
 
     def beat(self, unchanged: Unchanged) -> bool:
         """An agent has nothing new; False asks for the full report."""
@@ -197,16 +223,13 @@ class Service:
     # -- the API server's word ------------------------------------------------------------------------
 
     def _pods_listed(self, result: Listed, asked_at: float) -> None:
-        self.truth.pods_listed(_pods(result.items), asked_at=asked_at)
+        self.truth.pods_listed(result.items, asked_at=asked_at)
 
     def _pod_event(self, event: Event) -> None:
-        pod = _pod(event.object)
-        if pod is None:
-            return
         if event.type == "DELETED":
-            self.truth.pod_gone(pod.ref.uid, pod)
+            self.truth.pod_gone(event.object["metadata"]["uid"], readable(event.object))
         else:
-            self.truth.pod_seen(pod)
+            self.truth.json_seen(event.object)
 
     def _nodes_listed(self, result: Listed, asked_at: float) -> None:
         names = {item["metadata"]["name"] for item in result.items}
@@ -236,7 +259,20 @@ class Service:
             self.offers.refresh(now=now)
             if not self.waiting_for():
                 self.extender.settle_orphans()
+                self._forget_gone_nodes(now)
             await asyncio.sleep(CHORES_SECONDS)
+
+    def _forget_gone_nodes(self, now: float) -> None:
+        """Nodes that the API server does not have, and whose agents have been silent for long, are no more."""
+        if self.kube is None:
+            return
+        for name in [name for name in self.inventory if name not in self.truth.nodes]:
+            if self.inventory.silent_for(name, now=now) > GONE_AFTER_STALE * self.settings.stale_seconds:
+                shared = self._sharing(name)
+                self.inventory.drop(name)
+                self.offers.forget(name)
+                for other in shared - {name}:
+                    self.offers.touch(other)
 
     async def _wake(self, kube: Kube) -> None:
         """Touch one node where room was made, at most once in `wake_seconds` for the whole cluster.
@@ -246,9 +282,11 @@ class Service:
         while True:
             await asyncio.sleep(self.settings.wake_seconds)
             room = self.truth.chores.room
-            nodes = sorted(room & self.truth.nodes) or sorted(self.truth.nodes)[:1] if room else []
+            if not room or self.waiting_for():
+                continue
+            nodes = sorted(room & self.truth.nodes) or sorted(self.truth.nodes)[:1]
             room.clear()
-            if not nodes or not self.truth.waiting or self.waiting_for():
+            if not nodes or not (self.truth.waiting or self._others_may_wait()):
                 continue
             self.offers.refresh(now=self.clock())
             try:
@@ -257,6 +295,10 @@ class Service:
             except KubeError as error:
                 log.warning("cannot touch node %s to wake refused pods: %s", nodes[0], error)
                 room.update(nodes)
+
+    def _others_may_wait(self) -> bool:
+        """Whether pods may wait that were refused before our time, and that we therefore do not know."""
+        return self.clock() - self._rebuilt_at < UNKNOWN_WAITERS_SECONDS
 
     def _gauges(self) -> Iterable[tuple[str, str, dict[str, float]]]:
         phases: dict[str, float] = dict(self.views.phases())
@@ -280,19 +322,6 @@ class Service:
             "Times a node's rows were made anew",
             {"total": float(self.offers.updated)},
         )
-
-
-def _pod(item: dict[str, Any]) -> Pod | None:
-    """A pod from the API server; one that even we cannot read is logged and left out, not crashed on."""
-    try:
-        return pod_of(item)
-    except (ValueError, TypeError, AttributeError) as error:
-        log.error("a pod from the API server cannot be read: %s", error)
-        return None
-
-
-def _pods(items: Iterable[dict[str, Any]]) -> Iterable[Pod]:
-    return (pod for item in items if (pod := _pod(item)) is not None)
 
 
 def _some(words: Iterable[str]) -> str:

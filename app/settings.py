@@ -68,6 +68,12 @@ class Settings(BaseSettings):
         gt=0,
         description="an assumed pod that nobody binds for this long loses its annotation, and then its devices",
     )
+    blind_seconds: float = Field(
+        default=30.0,
+        ge=0,
+        description="after a start, nodes whose agents cannot see which pods use a GPU wait this long: "
+        "pods deleted by force while nobody watched may still be ending (30 s is the usual grace time)",
+    )
     wake_seconds: float = Field(
         default=1.0, gt=0, description="at most one node is touched in this time to wake refused pods"
     )

@@ -7,7 +7,7 @@ a pod can ask in: `1g.10gb+me` is `1g.10gb.me` here and in the placement annotat
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 import orjson
@@ -29,9 +29,14 @@ _SUFFIXES = {
     "": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18,
     "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50, "Ei": 2**60,
 }  # fmt: skip
+EVERY_PROFILE = "*"  # no profile has this name: it stands for "whatever it is"
 MOST_DEVICES = 1024  # more than any node has; a larger count is a mistake and would only cost time
 
 Json = Mapping[str, Any]
+
+NOTHING = Demand()
+EVERYTHING = Demand(MOST_DEVICES, ((EVERY_PROFILE, MOST_DEVICES),))
+"""The need of a bound pod whose resources cannot be read: its whole node is kept back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +69,15 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """What we need to know of a pod. `node` is empty until it is bound."""
+    """What we need to know of a pod. `node` is empty until it is bound.
+
+    `ask` is what it asks of us now; `need` is what it takes once it is bound, by whomever and whatever its
+    annotations say. `finished`: its containers have ended, as its kubelet said.
+    """
 
     ref: PodRef
     ask: Demand | Malformed
+    need: Demand = NOTHING
     node: str = ""
     finished: bool = False
     terminating: bool = False
@@ -78,7 +88,7 @@ class Pod:
     @property
     def concerns_us(self) -> bool:
         """Whether it asks for what we place, or carries a placement."""
-        return isinstance(self.ask, Malformed) or bool(self.ask) or self.written is not None
+        return isinstance(self.ask, Malformed) or bool(self.need) or self.written is not None
 
 
 def pod_of(pod: Json) -> Pod:
@@ -90,18 +100,35 @@ def pod_of(pod: Json) -> Pod:
     annotations = meta.get("annotations") or {}
     if not isinstance(annotations, Mapping):
         raise ValueError("metadata.annotations is not an object")
+    need = need_of(spec)
     grace = _seconds(spec.get("terminationGracePeriodSeconds"), DEFAULT_GRACE_SECONDS)
     longer = _seconds(meta.get("deletionGracePeriodSeconds"), 0.0)  # whoever deletes may give it more time
     return Pod(
         ref=ref,
         ask=ask_of(spec, annotations),
+        need=EVERYTHING if isinstance(need, Malformed) else need,
         node=spec.get("nodeName") or "",
-        finished=isinstance(status, Mapping) and status.get("phase") in ("Succeeded", "Failed"),
+        finished=isinstance(status, Mapping) and _ended(status),
         terminating=meta.get("deletionTimestamp") is not None,
         grace_seconds=max(grace, longer),
         resource_version=meta.get("resourceVersion") or "",
         written=read_placement(annotations.get(PLACEMENT_ANNOTATION)),
     )
+
+
+def _ended(status: Json) -> bool:
+    """Whether the pod has its final phase because its kubelet says that its containers have ended.
+
+    Pod garbage collection, too, writes phase Failed, for pods of nodes that it believes lost; their containers
+    may well be running (pkg/controller/podgc of Kubernetes).
+    """
+    if status.get("phase") not in ("Succeeded", "Failed"):
+        return False
+    said = [each for each in status.get("conditions") or () if isinstance(each, Mapping)]
+    if any(each.get("reason") == "DeletionByPodGC" for each in said):
+        return False
+    containers = [each for each in status.get("containerStatuses") or () if isinstance(each, Mapping)]
+    return not any(isinstance(each.get("state"), Mapping) and each["state"].get("running") for each in containers)
 
 
 def _seconds(value: object, otherwise: float) -> float:
@@ -120,18 +147,25 @@ def ask_of(spec: Json, annotations: Json) -> Demand | Malformed:
     for name in annotations:
         if name.startswith(OUR_PREFIX) and name != PLACEMENT_ANNOTATION:
             return Malformed(f"annotation {name} is not one that this version of Tangram knows")
+    need = need_of(spec)
+    if isinstance(need, Malformed):
+        return need
+    if any(SHARE_RESOURCE in _resources(each) for each in _all_containers(spec)):
+        return Malformed(f"{SHARE_RESOURCE}: shares of a GPU are not served by this version of Tangram")
+    devices = need.gpus + sum(count for _, count in need.slices)
+    if devices > MOST_DEVICES:
+        return Malformed(f"asks for {devices} devices; no node has more than {MOST_DEVICES}")
+    return need
+
+
+def need_of(spec: Json) -> Demand | Malformed:
+    """The devices that the pod's resources count; a share of a GPU, which we do not serve, counts as a GPU."""
     try:
         need = _most_at_once(spec)
     except ValueError as error:
         return Malformed(str(error))
-    if SHARE_RESOURCE in need:
-        return Malformed(f"{SHARE_RESOURCE}: shares of a GPU are not served by this version of Tangram")
-    gpus = need.pop(GPU_RESOURCE, 0)
-    slices = tuple(sorted((name.removeprefix(MIG_RESOURCE_PREFIX), count) for name, count in need.items()))
-    devices = gpus + sum(count for _, count in slices)
-    if devices > MOST_DEVICES:
-        return Malformed(f"asks for {devices} devices; no node has more than {MOST_DEVICES}")
-    return Demand(gpus, slices)
+    gpus = need.pop(GPU_RESOURCE, 0) + bool(need.pop(SHARE_RESOURCE, 0))
+    return Demand(gpus, tuple(sorted((name.removeprefix(MIG_RESOURCE_PREFIX), n) for name, n in need.items())))
 
 
 def resource_of_profile(profile: str) -> str:
@@ -162,8 +196,8 @@ def read_placement(text: object) -> Written | Malformed | None:
         uid, node, devices = value["uid"], value["node"], value["devices"]
         if not (isinstance(uid, str) and isinstance(node, str) and isinstance(devices, list) and devices):
             return Malformed(f"{PLACEMENT_ANNOTATION} has fields of the wrong type")
-        return Written(uid, node, tuple(sorted(device_of(device) for device in devices)))
-    except (orjson.JSONDecodeError, KeyError, ValueError) as error:
+        return Written(uid, node, tuple(sorted((device_of(device) for device in devices), key=str)))
+    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         return Malformed(f"{PLACEMENT_ANNOTATION} cannot be read: {error}")
 
 
@@ -195,6 +229,10 @@ def _most_at_once(spec: Json) -> dict[str, int]:
     return {name: count for name, count in _max(most, running).items() if count}
 
 
+def _all_containers(spec: Json) -> Sequence[Json]:
+    return [*_containers(spec, "initContainers"), *_containers(spec, "containers")]
+
+
 def _containers(spec: Json, field: str) -> Sequence[Json]:
     containers = spec.get(field) or []
     if not isinstance(containers, list) or not all(isinstance(each, Mapping) for each in containers):
@@ -223,7 +261,7 @@ def _count(name: str, quantity: object) -> int:
         digits = quantity.rstrip("kMGTPEi")
         try:
             value = Decimal(digits) * _SUFFIXES[quantity[len(digits) :]]
-        except (InvalidOperation, KeyError):
+        except (ArithmeticError, KeyError):
             raise ValueError(f"{name}: {quantity!r} is not a quantity") from None
     else:
         raise ValueError(f"{name}: {quantity!r} is not a quantity")

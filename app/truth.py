@@ -4,15 +4,18 @@ Fed by `watch` (events and lists) and by `bind` (single reads). No I/O here; wha
 (remove an annotation, touch a node) is left in `Chores` for whoever may do I/O.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
-from app.inventory import Inventory
+from app.inventory import Entry, Inventory
 from app.ledger import Hold, Ledger, Phase
-from app.translate import DEFAULT_GRACE_SECONDS, Malformed, Pod, PodRef, Written
+from app.translate import DEFAULT_GRACE_SECONDS, Json, Malformed, Pod, PodRef, Written, pod_of
 from solver import Demand, Device
 
 RECENTLY_GONE = 10_000  # UIDs; kube-scheduler may ask for a pod until its own watch has seen the deletion
+log = logging.getLogger(__name__)
+
 FRESH_REFUSAL_SECONDS = 3.0  # a refusal this recent may have raced with the event that made room
 
 
@@ -64,9 +67,12 @@ class Truth:
     # -- pods -----------------------------------------------------------------------------------------
 
     def pod_seen(self, pod: Pod) -> None:
-        """A pod was listed, added, changed or read."""
+        """A pod was listed, added, changed or read. What is older than what we know, or gone, is passed over."""
         uid = pod.ref.uid
-        if not pod.concerns_us and uid not in self.pods:
+        known = self.pods.get(uid)
+        if uid in self._gone or (known is not None and _is_older(pod, known)):
+            return
+        if not pod.concerns_us and known is None:
             return
         self.pods[uid] = pod
         if pod.terminating:
@@ -79,6 +85,13 @@ class Truth:
             self._bound(pod)
         else:
             self._unbound(pod)
+
+    def json_seen(self, item: Json) -> Pod | None:
+        """The same for a pod as JSON; one that cannot be read changes nothing, and is logged."""
+        pod = readable(item)
+        if pod is not None:
+            self.pod_seen(pod)
+        return pod
 
     def pod_gone(self, uid: str, last: Pod | None = None) -> None:
         """A pod is no longer on the API server. `last` is its final state, where the event carries it."""
@@ -101,15 +114,15 @@ class Truth:
         else:
             self._leave(hold, last or known, ending=ending)
 
-    def pods_listed(self, pods: Iterable[Pod], *, asked_at: float) -> None:
+    def pods_listed(self, items: Iterable[Json], *, asked_at: float) -> None:
         """A consistent list of all pods, requested at `asked_at`: who is missing from it is gone.
 
         Pods that came into the ledger after the list was asked for are left to the events that follow it.
         """
         listed = set()
-        for pod in pods:
-            listed.add(pod.ref.uid)
-            self.pod_seen(pod)
+        for item in items:
+            listed.add(str((item.get("metadata") or {}).get("uid")))
+            self.json_seen(item)
         for uid in [uid for uid in self.pods if uid not in listed]:
             hold = self._ledger.get(uid)
             if hold is None or hold.since < asked_at:
@@ -124,20 +137,22 @@ class Truth:
     def _bound(self, pod: Pod) -> None:
         hold = self._ledger.get(pod.ref.uid)
         written = pod.written if isinstance(pod.written, Written) else None
-        ours = self.rebuilt or written is None or (hold is not None and written.devices == hold.devices)
+        same = hold is not None and written is not None and set(written.devices) == set(hold.devices)
+        ours = self.rebuilt or written is None or same
         if hold is not None and hold.firm and hold.node == pod.node and ours:
             if hold.phase is Phase.ASSUMED:
                 self._ledger.confirm(pod.ref.uid, now=self._clock())
             elif hold.phase is Phase.LEAVING:
                 self._ledger.restore(replace(hold, phase=Phase.HELD, since=self._clock()))
-            if pod.ref.uid not in self.unexplained and (written is None or written.devices != hold.devices):
+            if same:
+                self.unexplained.pop(pod.ref.uid, None)
+            elif pod.ref.uid not in self.unexplained:
                 self._doubt(pod, "its placement annotation is not what Tangram wrote")
             return
-        demand = pod.ask if isinstance(pod.ask, Demand) else Demand()
         explained = self._explained(pod)
-        if not demand and not explained:
+        if not pod.need:
             return
-        self._ledger.restore(Hold(pod.ref, pod.node, demand, explained or (), Phase.HELD, self._clock()))
+        self._ledger.restore(Hold(pod.ref, pod.node, pod.need, explained or (), Phase.HELD, self._clock()))
         if not explained:
             self.learn(pod.node)
 
@@ -150,13 +165,16 @@ class Truth:
         hold = self._ledger.get(pod.ref.uid)
         written = pod.written if isinstance(pod.written, Written) else None
         known = hold is not None and hold.firm
-        if pod.written is None or (known and self.rebuilt):
+        if pod.written is None:
+            self.unexplained.pop(pod.ref.uid, None)
             return
-        if known and hold is not None and written is not None and written.devices == hold.devices:
+        if known and self.rebuilt:
+            return
+        if known and hold is not None and written is not None and set(written.devices) == set(hold.devices):
             return
         devices = self._explained(pod)
-        if devices and written is not None and isinstance(pod.ask, Demand):
-            self._ledger.restore(Hold(pod.ref, written.node, pod.ask, devices, Phase.ASSUMED, self._clock()))
+        if devices and written is not None:
+            self._ledger.restore(Hold(pod.ref, written.node, pod.need, devices, Phase.ASSUMED, self._clock()))
         if self.rebuilt or not devices:
             self.chores.settle[pod.ref.uid] = pod.ref
 
@@ -164,7 +182,7 @@ class Truth:
         """The devices of the pod's annotation if it is one that we could have written for this very pod."""
         wrong = ""
         if pod.written is None:
-            if pod.node and pod.ask:
+            if pod.node and pod.need:
                 wrong = "it was not placed by Tangram"
         elif isinstance(pod.written, Malformed):
             wrong = pod.written.reason
@@ -172,7 +190,7 @@ class Truth:
             wrong = "its placement annotation was written for another pod"
         elif pod.node and pod.written.node != pod.node:
             wrong = f"its placement annotation names node {pod.written.node}"
-        elif not isinstance(pod.ask, Demand) or not _meets(pod.written.devices, pod.ask):
+        elif not _meets(pod.written.devices, pod.need):
             wrong = "its placement annotation does not give what the pod asks for"
         elif self.rebuilt:
             wrong = "its placement annotation was not written by this Tangram"
@@ -226,9 +244,8 @@ class Truth:
             if entry is None:
                 gone = hold.node not in self.nodes
             else:
-                still_there = any(hold.pod.uid in uids for uids in entry.users.values())
                 heard_since = entry.lasting or entry.heard > max(hold.since, hold.not_before)
-                gone = heard_since and not still_there
+                gone = heard_since and _seen_idle(entry, hold)
             if gone:
                 self._ledger.release(hold.pod.uid)
                 self.made_room(hold.node)
@@ -241,15 +258,14 @@ class Truth:
         for hold in self._ledger.on(name):
             if not hold.unknown:
                 continue
-            devices = tuple(sorted(device for device, uids in entry.users.items() if hold.pod.uid in uids))
+            devices = tuple(device for device, uids in entry.users.items() if hold.pod.uid in uids)
             if devices and _meets(devices, hold.demand):
                 self._ledger.explain(hold.pod.uid, devices)
                 self.made_room(name)
 
     def made_room(self, node: str) -> None:
         """Something became free on this node that no pod-delete event announces."""
-        if self.waiting:
-            self.chores.room.add(node)
+        self.chores.room.add(node)
 
     def _just_refused(self) -> bool:
         """Whether a pod was refused so recently that it may not have seen the room that is made now."""
@@ -280,6 +296,29 @@ class Truth:
         gone = self.nodes - now_there
         self.nodes = now_there
         return gone
+
+
+def readable(item: Json) -> Pod | None:
+    """A pod from the API server; None, and a line in the log, for one that even we cannot read."""
+    try:
+        return pod_of(item)
+    except (ValueError, TypeError, AttributeError) as error:
+        log.error("a pod from the API server cannot be read: %s", error)
+        return None
+
+
+def _is_older(pod: Pod, known: Pod) -> bool:
+    """Whether a pod was read before what we know of it (resourceVersions are whole numbers that grow)."""
+    new, old = pod.resource_version, known.resource_version
+    return new.isdigit() and old.isdigit() and int(new) < int(old)
+
+
+def _seen_idle(entry: Entry, hold: Hold) -> bool:
+    """Whether the node's agent sees the devices of a pod that is gone, and the pod on none of them."""
+    if entry.report.error or any(hold.pod.uid in uids for uids in entry.users.values()):
+        return False
+    seen = {gpu.uuid for gpu in entry.report.gpus if gpu.health != "bad"}
+    return all(device.gpu in seen for device in hold.devices)
 
 
 def _meets(devices: Iterable[Device], demand: Demand) -> bool:

@@ -179,9 +179,11 @@ def _victims(node: str, value: object, *, full: bool) -> Victims:
     violations = value.get("NumPDBViolations") or 0
     try:
         uids = tuple(str(pod["metadata"]["uid"] if full else pod["UID"]) for pod in pods)
-        return Victims(uids, int(violations))
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError):
         raise BadInput(f"a victim on {node} has no UID") from None
+    if type(violations) is not int or not -(2**63) <= violations < 2**63:
+        raise BadInput(f"NumPDBViolations on {node} is {_short(violations)}, wanted a whole number")
+    return Victims(uids, violations)
 
 
 def _plain(text: str) -> bool:

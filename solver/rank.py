@@ -10,7 +10,7 @@ what was worked out for one of them (a row of prices for each state).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -159,6 +159,12 @@ class Ranking:
 
     def prices(self, demand: Demand) -> Mapping[str, int]:
         """The nodes that can take the demand now, by name, each with its total price. Do not change it."""
+        prices = self.prices_while(demand, lambda: True)
+        assert prices is not None
+        return prices
+
+    def prices_while(self, demand: Demand, go_on: Callable[[], bool]) -> Mapping[str, int] | None:
+        """The same, given up (None) as soon as `go_on()` says no; what was worked out is kept for the next call."""
         table = self._tables.get(demand)
         if table is None:
             table = self._tables[demand] = _Table(changed=set(self._nodes))
@@ -166,13 +172,15 @@ class Ranking:
                 self._tables.popitem(last=False)
         else:
             self._tables.move_to_end(demand)
-        for name in table.changed:
+        while table.changed:
+            if not go_on():
+                return None
+            name = table.changed.pop()
             least = self._quote(self._nodes[name].room.state, demand)
             if least is None:
                 table.prices.pop(name, None)
             else:
                 table.prices[name] = least
-        table.changed.clear()
         return table.prices
 
     def best(self, demand: Demand, name: str) -> Placement | None:

@@ -577,11 +577,20 @@ async def test_a_pod_that_is_gone_does_not_wait_although_it_is_asked_for_once_mo
 
 
 async def test_nobody_is_woken_when_nobody_waits():
-    world = World({"h1": "8xH100"}, wake_seconds=0.05)
+    world = World({"h1": "8xH100"}, wake_seconds=0.05, lease_seconds=1000)
     async with world.running():
+        world.clock.advance(61)
+        world.service.truth.chores.room.clear()
+        world.kube.calls.clear()
         world.report("h1", version=2)
-        await asyncio.sleep(0.3)
+        await world.until(lambda: not world.service.truth.chores.room)
         assert "annotate_node" not in world.kube.calls
+
+
+async def test_after_a_restart_pods_refused_before_it_are_woken():
+    """They are in kube-scheduler's queue, and we know nothing of them."""
+    async with World({"h1": "8xH100"}, wake_seconds=0.05).running() as world:
+        await world.until(lambda: "annotate_node" in world.kube.calls)
 
 
 # -- preempt ------------------------------------------------------------------------------------------

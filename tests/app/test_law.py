@@ -1,0 +1,342 @@
+"""Orders of events in which a device was once given away twice, or room never came back. Each was found by a review.
+
+The ledger's own law is in test_ledger.py; these go through the whole service.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from app.errors import Conflict, NotFound, Refused, Unknown
+from app.ledger import Phase
+from app.report import NodeReport
+from app.simulate import report_of
+from app.translate import PLACEMENT_ANNOTATION, write_placement
+from solver import Device
+from solver.samples import sample_node
+from tests.app.world import GPU, World
+
+EIGHT = {GPU: "8"}
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    async with World({"h1": "8xH100", "h2": "8xH100"}, lease_seconds=1000).running() as running:
+        yield running
+
+
+def phase(world: World, name: str) -> Phase | None:
+    hold = world.service.ledger.get(f"uid-{name}")
+    return hold.phase if hold else None
+
+
+def failing(error: Exception, *, times: int = 1) -> Any:
+    """A fault that happens so many times."""
+    left = [times]
+
+    def fail() -> None:
+        if left[0] > 0:
+            left[0] -= 1
+            raise error
+
+    return fail
+
+
+# -- bound pods hold what their resources count, whatever their annotations say -------------------------
+
+
+@pytest.mark.parametrize(
+    "annotations",
+    [
+        {"tangram.gpu/tenant": "x"},
+        {PLACEMENT_ANNOTATION: '{"v":1,"uid":"u","node":"h1","devices":["GPU-x","GPU-x/1g.10gb@0"]}'},
+        {PLACEMENT_ANNOTATION: "nonsense"},
+    ],
+)
+async def test_a_bound_pod_holds_its_count_however_odd_its_annotations(annotations):
+    world = World({"h1": "8xH100"})
+    world.add_pod("p", EIGHT, metadata={"annotations": annotations}, spec={"nodeName": "h1"})
+    world.add_pod("q", {GPU: "1"})
+    async with world.running():
+        assert phase(world, "p") is Phase.HELD
+        assert not world.filter("q").fitting
+
+
+async def test_a_placement_is_believed_after_a_restart_although_an_unknown_annotation_was_added():
+    world = World({"h1": "8xH100"})
+    gpus = world.gpus("h1")
+    text = write_placement("uid-p", "h1", [Device(gpus[0])])
+    notes = {"annotations": {PLACEMENT_ANNOTATION: text, "tangram.gpu/tenant": "x"}}
+    world.add_pod("p", {GPU: "1"}, metadata=notes, spec={"nodeName": "h1"})
+    world.add_pod("q", {GPU: "7"})
+    async with world.running():
+        assert world.devices("p") == (gpus[0],)
+        assert world.filter("q").fitting == ["h1"]
+
+
+async def test_a_held_pod_whose_annotation_is_spoilt_stays_held_through_a_relist(world):
+    world.add_pod("p", EIGHT)
+    await world.bind("p", "h1")
+    odd = '{"v":1,"uid":"uid-p","node":"h1","devices":["GPU-x","GPU-x/1g.10gb@0"]}'
+    world.kube.change_pod("p", lambda pod: pod["metadata"]["annotations"].update({PLACEMENT_ANNOTATION: odd}))
+    listed = await world.kube.list("pods")
+    world.clock.advance(60)
+    world.service.truth.pods_listed(listed.items, asked_at=world.clock())
+    world.report("h1", version=2)
+    assert phase(world, "p") is Phase.HELD
+
+
+async def test_a_pod_whose_count_cannot_be_read_keeps_its_whole_node_back():
+    world = World({"m1": "8xA100-mig2"})
+    world.add_pod("p", {GPU: "many"}, spec={"nodeName": "m1"})
+    world.add_pod("q", {GPU: "1"})
+    world.add_pod("r", {"nvidia.com/mig-1g.10gb": "1"})
+    async with world.running():
+        assert not world.filter("q").fitting
+        assert not world.filter("r").fitting
+
+
+# -- binds whose outcome is not what it seems ----------------------------------------------------------
+
+
+async def test_a_refused_patch_of_a_second_bind_keeps_what_a_first_binding_may_still_take(world):
+    world.add_pod("p", EIGHT)
+    late: list[Any] = []
+    original = world.kube.bind
+
+    async def still_under_way(*args: Any, **more: Any) -> None:
+        late.append((args, more))
+        raise Unknown("timeout")
+
+    world.kube.bind = still_under_way
+    world.kube.before["get_pod"] = failing(Unknown("away"), times=1000)
+    await world.bind("p", "h1")
+    world.kube.before["annotate_pod"] = failing(Refused("403"), times=1000)
+    assert await world.bind("p", "h1") != ""
+
+    assert phase(world, "p") is Phase.ASSUMED
+    world.add_pod("q", EIGHT)
+    assert world.filter("q").fitting == ["h2"]
+
+    world.kube.before.clear()
+    ((args, more),) = late
+    await original(*args, **more)
+    await world.until(lambda: phase(world, "p") is Phase.HELD)
+
+
+async def test_the_undo_of_a_refused_binding_does_not_touch_a_pod_that_was_bound_meanwhile(world):
+    world.add_pod("p", EIGHT)
+
+    def bound_by_an_earlier_one() -> None:
+        world.kube.before.pop("bind")
+        world.kube.change_pod("p", lambda pod: pod["spec"].update(nodeName="h1"))
+        raise Refused("422 denied by admission")
+
+    world.kube.before["bind"] = bound_by_an_earlier_one
+    await world.bind("p", "h1")
+    assert phase(world, "p") in (Phase.ASSUMED, Phase.HELD)
+    await world.until(lambda: phase(world, "p") is Phase.HELD)
+    assert PLACEMENT_ANNOTATION in world.kube.annotations("p")
+
+
+async def test_bind_again_after_success_is_a_success_before_the_watch_has_seen_it(world):
+    world.add_pod("p", {GPU: "1"})
+    await world.bind("p", "h1")
+    unseen = world.service.truth.pods["uid-p"]
+    world.service.truth.pods["uid-p"] = unseen.__class__(ref=unseen.ref, ask=unseen.ask, need=unseen.need)
+    assert await world.bind("p", "h1") == ""
+
+
+async def test_bind_ends_in_time_even_when_the_undo_hangs(world):
+    """12 s in all; kube-scheduler gives up after 15. The clock here is the event loop's, so it is made short."""
+    world = World({"h1": "8xH100"}, bind_deadline_seconds=0.3, lease_seconds=1000)
+    async with world.running():
+        world.add_pod("p", {GPU: "1"})
+        world.kube.before["bind"] = failing(Conflict("409"), times=9)
+        world.kube.hold["get_pod"] = asyncio.Event()
+        async with asyncio.timeout(5):
+            assert await world.bind("p", "h1") != ""
+        assert phase(world, "p") is Phase.ASSUMED
+
+
+# -- the Lease ------------------------------------------------------------------------------------------
+
+
+async def test_when_the_lease_comes_back_nothing_is_decided_before_all_is_listed_anew(world):
+    lease = world.service.lease
+    assert lease is not None
+    lease._renewed = None
+    assert world.service.waiting_for()
+    await lease._turn()
+    assert lease.held()
+    assert world.service.waiting_for(), "what we know is from before"
+    await world.until(lambda: not world.service.waiting_for())
+
+
+async def test_a_bind_begun_in_one_term_is_not_ended_in_the_next(world):
+    world.add_pod("p", EIGHT)
+    lease = world.service.lease
+    assert lease is not None
+
+    def another_term() -> None:
+        world.kube.after.pop("annotate_pod")
+        lease.term += 1
+        world.service._rebuilt_in_term = lease.term
+
+    world.kube.after["annotate_pod"] = another_term
+    assert await world.bind("p", "h1") != ""
+    assert "bind" not in world.kube.calls
+
+
+# -- when a device is free -------------------------------------------------------------------------------
+
+
+async def test_failed_by_pod_garbage_collection_is_not_ended():
+    """It fails pods of nodes that it believes lost; nobody has asked their kubelet."""
+    world = World({"h1": "8xH100"}, lease_seconds=1000)
+    async with world.running():
+        world.add_pod("p", EIGHT)
+        await world.bind("p", "h1")
+        await world.until(lambda: world.service.truth.pods["uid-p"].node)
+        lost = {"phase": "Failed", "conditions": [{"type": "DisruptionTarget", "reason": "DeletionByPodGC"}]}
+        world.kube.change_pod("p", lambda pod: pod.update(status=lost))
+        world.kube.remove_pod("p")
+        await world.until(lambda: phase(world, "p") is Phase.LEAVING)
+
+
+async def test_failed_with_a_container_that_still_runs_is_not_ended(world):
+    world.add_pod("p", EIGHT)
+    await world.bind("p", "h1")
+    running = {"phase": "Failed", "containerStatuses": [{"state": {"running": {"startedAt": "x"}}}]}
+    world.kube.change_pod("p", lambda pod: pod.update(status=running))
+    await world.until(lambda: world.service.truth.pods["uid-p"].resource_version == str(world.kube.version))
+    assert phase(world, "p") is Phase.HELD
+
+
+async def test_a_report_that_saw_nothing_proves_nothing(world):
+    world.add_pod("p", EIGHT, spec={"terminationGracePeriodSeconds": 0})
+    await world.bind("p", "h1")
+    await world.until(lambda: world.service.truth.pods["uid-p"].node)
+    world.kube.remove_pod("p")
+    await world.until(lambda: phase(world, "p") is Phase.LEAVING)
+    world.clock.advance(1)
+
+    world.report("h1", version=2, error="stale since 12:00", gpus=(), links=())
+    assert phase(world, "p") is Phase.LEAVING
+    world.report("h1", version=3)
+    assert phase(world, "p") is None
+
+
+async def test_after_a_start_an_agent_that_sees_no_pods_is_waited_for():
+    world = World({"h1": "8xH100", "h2": "8xH100"}, blind_seconds=30, lease_seconds=1000)
+    world.add_pod("p", EIGHT)
+    async with world.running():
+        world.report("h2", sees_pods=True, version=2)
+        result = world.filter("p")
+        assert result.fitting == ["h2"]
+        assert "does not see" in result.unresolvable["h1"]
+        world.clock.advance(31)
+        world.report("h1", version=3)
+        world.report("h2", version=3)
+        await world.until(lambda: set(world.filter("p").fitting) == {"h1", "h2"})
+
+
+# -- inventory ---------------------------------------------------------------------------------------------
+
+
+def renamed(report: NodeReport, name: str) -> NodeReport:
+    return report.model_copy(update={"node": name})
+
+
+async def test_a_gpu_held_under_another_node_name_is_not_given_again(world):
+    world.add_pod("p", EIGHT)
+    await world.bind("p", "h1")
+    world.kube.add_node("new")
+    world.service.report(renamed(report_of(sample_node("h1", "8xH100")), "new"))
+    world.add_pod("q", {GPU: "1"})
+
+    refused = world.filter("q", ["new"])
+    assert not refused.fitting
+    assert "under the node name h1" in str(refused)
+
+
+async def test_a_gpu_that_two_nodes_report_is_kept_back_until_one_is_gone(world):
+    world.service.report(renamed(report_of(sample_node("h1", "8xH100")), "new"))
+    world.add_pod("q", {GPU: "1"})
+    assert world.filter("q", ["h1", "new"]).fitting == []
+    world.kube.add_node("new")
+    world.kube.remove_node("h1")
+    await world.until(lambda: "h1" not in world.service.truth.nodes)
+    world.clock.advance(200)
+    world.service.report(renamed(report_of(sample_node("h1", "8xH100")), "new").model_copy(update={"version": 2}))
+    await world.until(lambda: world.service.inventory.get("h1") is None)
+    assert world.filter("q", ["h1", "new"]).fitting == ["new"]
+
+
+async def test_an_older_report_does_not_replace_a_newer_one(world):
+    newest = report_of(sample_node("h1", "8xH100")).model_copy(update={"boot": "b", "version": 7})
+    assert world.service.report(newest)
+    assert not world.service.report(newest.model_copy(update={"version": 6, "gpus": (), "links": ()}))
+    entry = world.service.inventory.get("h1")
+    assert entry is not None
+    assert len(entry.node.gpus) == 8
+
+
+# -- coming back, and going on -------------------------------------------------------------------------------
+
+
+async def test_a_node_that_came_back_is_not_barred_by_a_late_not_found(world):
+    world.kube.before["get_node"] = failing(NotFound("404"))
+    world.service.extender.check("h1", "in doubt")
+    await world.until(lambda: not world.service.offers.fault("h1"))
+
+
+async def test_a_read_that_is_older_than_an_event_changes_nothing(world):
+    world.add_pod("p", EIGHT, spec={"nodeName": "h1"})
+    await world.until(lambda: phase(world, "p"))
+    old = world.kube.pod("p")
+    world.kube.change_pod("p", lambda pod: pod["status"].update(phase="Succeeded"))
+    await world.until(lambda: phase(world, "p") is None)
+    world.service.truth.json_seen(old)
+    assert phase(world, "p") is None
+
+    world.kube.remove_pod("p")
+    await world.until(lambda: "uid-p" not in world.service.truth.pods)
+    world.service.truth.json_seen(old)
+    assert phase(world, "p") is None
+
+
+async def test_the_warning_ends_when_its_reason_does(world):
+    gpu = world.gpus("h1")[0]
+    forged = {"annotations": {PLACEMENT_ANNOTATION: write_placement("uid-p", "h1", [Device(gpu)])}}
+    world.add_pod("p", {GPU: "1"}, metadata=forged)
+    await world.until(lambda: PLACEMENT_ANNOTATION not in world.kube.annotations("p"))
+    await world.until(lambda: not world.service.warnings())
+
+
+async def test_one_pod_cannot_hold_up_the_service():
+    """A mix of many slices on many fragmented boards: the deadline is kept, and asking again gets further."""
+    names = {f"m{number}": "8xA100-mig" for number in range(30)}
+    async with World(names, lease_seconds=1000).running() as world:
+        mix = {"1g.20gb": 5, "1g.10gb": 7, "2g.20gb": 3, "3g.40gb": 3, "4g.40gb": 2}
+        for number, name in enumerate(names):
+            for piece in range(number % 7):
+                world.add_pod(f"s{number}-{piece}", {"nvidia.com/mig-1g.10gb": "1"})
+                assert await world.bind(f"s{number}-{piece}", name) == ""
+        world.add_pod("p", {f"nvidia.com/mig-{profile}": str(count) for profile, count in mix.items()})
+        looks = [0]
+
+        def five_looks_a_second() -> float:
+            looks[0] += 1
+            return 1000.0 + 0.2 * looks[0]
+
+        world.service.extender._clock = five_looks_a_second
+        answers = []
+        for _ in range(30):
+            answers.append(world.filter("p"))
+            if not answers[-1].error:
+                break
+        assert "longer than 1.0 s" in answers[0].error
+        assert not answers[-1].error
