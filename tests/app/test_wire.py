@@ -101,6 +101,13 @@ def test_broken_requests_are_refused_in_words(body):
         wire.parse_args(body)
 
 
+@pytest.mark.parametrize("number", ["1e300", "1.5", "true", '"1"', "9223372036854775808"])
+def test_victims_with_an_impossible_count_are_refused(number):
+    body = b'{"Pod": {}, "NodeNameToMetaVictims": {"n": {"Pods": [], "NumPDBViolations": %s}}}' % number.encode()
+    with pytest.raises(BadInput):
+        wire.parse_preempt(body)
+
+
 @pytest.mark.parametrize(
     "change",
     [{"PodUID": ""}, {"Node": None}, {"PodName": 3}, {"PodNamespace": "a/b"}, {"Node": "x?y"}, {"PodName": "x" * 300}],
