@@ -193,9 +193,7 @@ class Cluster:
 
     def wait_scheduled(self, name: str, *, namespace: str = "default", timeout: float = 30.0) -> str:
         """Wait until the pod has a node, and return the node's name."""
-        pod = self.wait_pod(
-            name, lambda pod: pod["spec"].get("nodeName"), namespace=namespace, timeout=timeout
-        )
+        pod = self.wait_pod(name, lambda pod: pod["spec"].get("nodeName"), namespace=namespace, timeout=timeout)
         return str(pod["spec"]["nodeName"])
 
     def wait_phase(
@@ -554,9 +552,7 @@ class KindCluster(ExistingCluster):
     def _start(self) -> None:
         self._made = True
         config = HERE / "kind" / "cluster.yaml"
-        self._kind(
-            "create", "cluster", f"--config={config}", f"--kubeconfig={self.kubeconfig}", "--wait=120s"
-        )
+        self._kind("create", "cluster", f"--config={config}", f"--kubeconfig={self.kubeconfig}", "--wait=120s")
         super()._start()
 
     def load_image(self, image: str) -> None:

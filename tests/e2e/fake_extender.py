@@ -96,9 +96,7 @@ class FakeExtender:
 
     def last(self, verb: str, pod: str) -> Asked:
         """The latest request of that verb for that pod."""
-        return next(
-            asked for asked in reversed(list(self.asked)) if asked.verb == verb and asked.about == pod
-        )
+        return next(asked for asked in reversed(list(self.asked)) if asked.verb == verb and asked.about == pod)
 
     def _answer(self, asked: Asked) -> object:
         body = asked.json

