@@ -103,6 +103,8 @@ async def connect(kubeconfig: Path | None) -> "ApiServer":
     """Read the kubeconfig file, or the pod's own service account. Raises BadInput in words."""
     configuration = Configuration()
     configuration.connection_pool_maxsize = 200  # one connection for each bind in flight
+    # Else aiohttp looks for a netrc file in another thread at each call: a tenth of what a bind costs us.
+    configuration.client_session_kwargs = {"trust_env": False}
     try:
         if kubeconfig is not None:
             await load_kube_config(config_file=str(kubeconfig), client_configuration=configuration)
