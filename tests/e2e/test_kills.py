@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -21,7 +22,7 @@ from tests.e2e.test_burst import FLEET, settle, summary
 pytestmark = [pytest.mark.e2e]
 
 PODS_A_KILL = 170  # three kills make the burst of 500
-MOMENTS = (1, 400)  # a kill comes after so many events of its burst: three for a pod that is placed
+MOMENTS = (1, 500)  # a kill comes after so many events of its burst: four for a pod that is placed, two for others
 BURST_SECONDS = 15.0
 TURNS = ("service", "scheduler", "both")
 ROOM_SHARE = 0.5  # of the bound pods leave before each further burst, or there would be nothing to place
@@ -83,9 +84,12 @@ def kill_in_bursts(stack: Stack, *, kills: int, seed: int) -> str:
                 make_room(stack, rng)
             at_event = rng.randint(*MOMENTS)
             before = follower.events
-            stack.cluster.add_pods(burst(PODS_A_KILL, seed=rng.randrange(1 << 30), prefix=f"kill-{number}"))
-            seen = events_since(follower, before, at_event)
-            kill_and_start_again(stack, TURNS[number % len(TURNS)], rng)
+            pods = burst(PODS_A_KILL, seed=rng.randrange(1 << 30), prefix=f"kill-{number}")
+            with ThreadPoolExecutor(1) as creator:  # the kill may come while they are still being created
+                created = creator.submit(stack.cluster.add_pods, pods)
+                seen = events_since(follower, before, at_event)
+                kill_and_start_again(stack, TURNS[number % len(TURNS)], rng)
+                created.result()
             moments.append(f"{TURNS[number % len(TURNS)]} after {seen} events")
         settle(stack, checker, since=started)
     agree(stack)
