@@ -355,7 +355,10 @@ def _uid_of(pod: str, url: str) -> str:
         youngest: Callable[[Mapping[str, Any]], float] = lambda one: one["since_seconds"] or 0.0  # noqa: E731
         return str(min(named, key=youngest)["uid"])
     if slash:
-        raise Failed(f"Tangram knows no pod {pod}: it asks for no GPU, was never seen, or is gone")
+        raise Failed(
+            f"Tangram knows no pod {pod}: it asks for no GPU, is gone, or kube-scheduler itself found no node for it "
+            "and so never asked (kubectl describe pod tells)"
+        )
     return quote(pod, safe="")
 
 

@@ -149,7 +149,7 @@ def public_routes(service: Service) -> APIRouter:
     async def pod(uid: str) -> Response:
         found = service.views.pod(uid)
         if found is None:
-            raise HTTPException(404, f"Tangram knows no pod with UID {uid}: it asks for no GPU, or was never seen")
+            raise HTTPException(404, f"Tangram knows no pod with UID {uid}: it asks for no GPU, is gone, or never came")
         return _json(orjson.dumps(found))
 
     if service.kube is None:
