@@ -93,13 +93,18 @@ class Truth:
             self.pod_seen(pod)
         return pod
 
-    def pod_gone(self, uid: str, last: Pod | None = None) -> None:
-        """A pod is no longer on the API server. `last` is its final state, where the event carries it."""
+    def pod_gone(self, uid: str, last: Pod | None = None, *, announced: bool = True) -> None:
+        """A pod is no longer on the API server. `last` is its final state, where the event carries it.
+
+        An announced deletion is final: what is read of the pod afterwards is old. A pod that is merely missing
+        from a list may be younger than the list.
+        """
         known = self.pods.pop(uid, None)
         self.waiting.pop(uid, None)
         self.unexplained.pop(uid, None)
         ending = self._ending.pop(uid, None)
-        self._gone[uid] = None
+        if announced:
+            self._gone[uid] = None
         if len(self._gone) > RECENTLY_GONE:
             del self._gone[next(iter(self._gone))]
         hold = self._ledger.get(uid)
@@ -126,10 +131,10 @@ class Truth:
         for uid in [uid for uid in self.pods if uid not in listed]:
             hold = self._ledger.get(uid)
             if hold is None or hold.since < asked_at:
-                self.pod_gone(uid)
+                self.pod_gone(uid, announced=False)
         for hold in self._ledger:
             if hold.pod.uid not in listed and hold.since < asked_at and hold.phase is not Phase.LEAVING:
-                self.pod_gone(hold.pod.uid)
+                self.pod_gone(hold.pod.uid, announced=False)
         for uid in [uid for uid, each in self.waiting.items() if uid not in listed and each.refused < asked_at]:
             del self.waiting[uid]
         self.rebuilt = True

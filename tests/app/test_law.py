@@ -308,6 +308,19 @@ async def test_a_read_that_is_older_than_an_event_changes_nothing(world):
     assert phase(world, "p") is None
 
 
+async def test_a_pod_that_is_younger_than_a_list_is_seen_afterwards(world):
+    """A bind may read a pod while a list of everything is still on its way."""
+    listed = await world.kube.list("pods")
+    asked_at = world.clock()
+    world.add_pod("p", EIGHT)
+    await world.until(lambda: "uid-p" in world.service.truth.pods)
+    world.service.truth.pods_listed(listed.items, asked_at=asked_at)
+
+    assert await world.bind("p", "h1") == ""
+    world.kube.change_pod("p", lambda pod: pod["status"].update(phase="Succeeded"))
+    await world.until(lambda: phase(world, "p") is None)
+
+
 async def test_the_warning_ends_when_its_reason_does(world):
     gpu = world.gpus("h1")[0]
     forged = {"annotations": {PLACEMENT_ANNOTATION: write_placement("uid-p", "h1", [Device(gpu)])}}
