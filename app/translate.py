@@ -105,7 +105,7 @@ def pod_of(pod: Json) -> Pod:
     longer = _seconds(meta.get("deletionGracePeriodSeconds"), 0.0)  # whoever deletes may give it more time
     return Pod(
         ref=ref,
-        ask=ask_of(spec, annotations),
+        ask=ask_of(spec, annotations, need),
         need=EVERYTHING if isinstance(need, Malformed) else need,
         node=spec.get("nodeName") or "",
         finished=isinstance(status, Mapping) and _ended(status),
@@ -135,22 +135,14 @@ def _seconds(value: object, otherwise: float) -> float:
     return float(value) if isinstance(value, int | float) else otherwise
 
 
-def ask_of(spec: Json, annotations: Json) -> Demand | Malformed:
-    """What the pod asks of us: per resource, the most it needs at any one time.
-
-    Init containers run one after another, except that sidecars (init containers with restartPolicy Always)
-    stay: the need is the largest of (each init container + the sidecars before it) and (all containers + all
-    sidecars), as Kubernetes itself counts
-    (https://kubernetes.io/docs/concepts/workloads/pods/init-containers/#resource-sharing-within-containers,
-    https://kubernetes.io/docs/concepts/workloads/pods/sidecar-containers/#resource-sharing-within-containers).
-    """
+def ask_of(spec: Json, annotations: Json, need: Demand | Malformed) -> Demand | Malformed:
+    """What the pod asks of us: its need, unless it asks in a way that we do not know."""
     for name in annotations:
         if name.startswith(OUR_PREFIX) and name != PLACEMENT_ANNOTATION:
             return Malformed(f"annotation {name} is not one that this version of Tangram knows")
-    need = need_of(spec)
     if isinstance(need, Malformed):
         return need
-    if any(SHARE_RESOURCE in _resources(each) for each in _all_containers(spec)):
+    if need.gpus and any(SHARE_RESOURCE in _resources(each) for each in _all_containers(spec)):
         return Malformed(f"{SHARE_RESOURCE}: shares of a GPU are not served by this version of Tangram")
     devices = need.gpus + sum(count for _, count in need.slices)
     if devices > MOST_DEVICES:
@@ -159,7 +151,14 @@ def ask_of(spec: Json, annotations: Json) -> Demand | Malformed:
 
 
 def need_of(spec: Json) -> Demand | Malformed:
-    """The devices that the pod's resources count; a share of a GPU, which we do not serve, counts as a GPU."""
+    """The devices that the pod's resources count: per resource, the most that it needs at any one time.
+
+    Init containers run one after another, except that sidecars (init containers with restartPolicy Always)
+    stay: the need is the largest of (each init container + the sidecars before it) and (all containers + all
+    sidecars), as Kubernetes itself counts. A share of a GPU, which we do not serve, counts as a GPU.
+    (https://kubernetes.io/docs/concepts/workloads/pods/init-containers/#resource-sharing-within-containers,
+    https://kubernetes.io/docs/concepts/workloads/pods/sidecar-containers/#resource-sharing-within-containers).
+    """
     try:
         need = _most_at_once(spec)
     except ValueError as error:
