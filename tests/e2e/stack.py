@@ -225,6 +225,7 @@ class Stack:
         """One more `tangram serve`, under its own identity (its name)."""
         service = Service(self, name, port=port)
         self.services[name] = service
+        self._closing.callback(service.close)
         if start:
             service.start()
         return service
@@ -327,6 +328,10 @@ class Service:
         else:
             self._processes.start(self.name, self._command(), environment={"PYTHONPATH": str(REPOSITORY)})
             self._started = True
+
+    def close(self) -> None:
+        """Close our own connections to it; the process ends with the cluster's."""
+        self._http.close()
 
     def kill(self) -> None:
         """SIGKILL."""
