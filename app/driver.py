@@ -338,11 +338,6 @@ class Queue:
     def __contains__(self, uid: str) -> bool:
         return uid in self._arrived
 
-    @property
-    def runnable(self) -> int:
-        """Pods that will be tried without anything else happening."""
-        return len(self._arrived) - len(self._asleep)
-
     def add(self, uid: str, *, now: float) -> None:
         """A new pod."""
         self._arrived[uid] = (now, len(self._tries))
