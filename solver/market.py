@@ -68,7 +68,7 @@ class Table:
     """The value of every state of one geometry under one mix of demand, in whole milli-GPU; empty is 0.
 
     `method` says in words where the values come from; `states` and `merged` are their numbers (0 where a formula
-    is used and nothing was counted). Tables are compared by identity, so that they can be keys.
+    is used and nothing was counted). A state without a value gets the formula's. Tables are compared by identity, so that they can be keys.
     """
 
     geometry: Geometry
@@ -77,15 +77,15 @@ class Table:
     states: int = 0
     merged: int = 0
     values: Mapping[Held, int] = field(default_factory=dict, repr=False)
-    formula: Callable[[Cut, Mix], int] = field(default_factory=lambda: options_of, repr=False)
+    by_best_fit: bool = False
 
     def of(self, state: Cut) -> int:
-        """What the state can still earn, if every idle instance were destroyed.
-
-        A state that the table does not know (none should be) gets the formula's value.
-        """
+        """What the state can still earn, if every idle instance were destroyed."""
         known = self.values.get(state.held)
-        return self.formula(state.without_idle(), self.mix) if known is None else known
+        if known is not None:
+            return known
+        bare = state.without_idle()
+        return best_fit_of(bare) if self.by_best_fit else options_of(bare, self.mix)
 
     def taken(self, state: Cut, profile: str) -> int | None:
         """What serving one more slice of the profile takes away at the best start; None where none is legal."""
@@ -125,7 +125,7 @@ def options_table(geometry: Geometry, mix: Mapping[str, float] | Mix | None = No
 
 def best_fit_table(geometry: Geometry, mix: Mapping[str, float] | Mix | None = None) -> Table:
     """A table at once, by formula: the fuller GPU first."""
-    return Table(geometry, mix_for(geometry, mix), "best-fit", formula=best_fit_of)
+    return Table(geometry, mix_for(geometry, mix), "best-fit", by_best_fit=True)
 
 
 def mix_for(geometry: Geometry, mix: Mapping[str, float] | Mix | None) -> Mix:
@@ -157,7 +157,7 @@ def options_of(state: Cut, mix: Mix) -> int:
 
 
 @lru_cache(maxsize=65536)
-def best_fit_of(state: Cut, mix: Mix) -> int:
+def best_fit_of(state: Cut) -> int:
     """Convex in the free units, so that the fuller GPU is the cheaper one."""
     return round(MILLI * (_free_share(state) ** 2 - 1))
 
@@ -357,7 +357,8 @@ def market_values(graph: Graph, demand: Demand, horizon: int, seed: int) -> Floa
         reply = market.best_reply(values, asked)
         values = (1 - STEP) * values + STEP * (reply - reply[0])
         late.append(values)
-    return np.array(late[-AVERAGED:]).mean(axis=0)
+    average: Floats = np.array(late[-AVERAGED:]).mean(axis=0)
+    return average
 
 
 def formula_values(graph: Graph, weights: Sequence[float]) -> dict[str, Floats]:
