@@ -28,25 +28,16 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from solver.cluster import Device, Gpu
-from solver.demand import Ask, Demand, Problem
+from solver.cluster import GPU_MILLI, Allocation, Device, Gpu, Taken
+from solver.demand import Ask, Demand, HostNeed, Problem, SliceNeed
 from solver.fits import refusal
 from solver.geometry import Cut
-from solver.goals import (
-    DEFAULT_POLICY,
-    GPU_MILLI,
-    Offer,
-    Policy,
-    Prices,
-    offers,
-    outlook,
-    prices_of,
-)
+from solver.goals import DEFAULT_POLICY, Offer, Policy, Prices, allocation_of, offers, prices_of
 from solver.pack import is_one_slice
 from solver.plan import Placement, Plan, Status, Unplaced
 from solver.program import Limits, Program, Terms
 from solver.rank import Ranking
-from solver.steps import Room, State, Step, Whole, read
+from solver.steps import Host, Room, State, Step, read
 
 STATES = 20_000
 """States that are looked at. Ordinary boards have tens to hundreds; sixteen GPUs that are all wired
@@ -108,10 +99,17 @@ def worth(demand: Demand, units: dict[str, int]) -> int:
     `units` gives the milli-GPU of a slice by profile: the smallest share that any GPU of the cluster makes
     of it. A profile that is nowhere counts nothing, since it can be placed nowhere.
     """
-    return GPU_MILLI * demand.gpus + sum(count * units.get(profile, 0) for profile, count in demand.slices)
+    return (
+        GPU_MILLI * demand.gpus
+        + demand.share_milli
+        + sum(count * units.get(profile, 0) for profile, count in demand.slices)
+    )
 
 
 def _is_one_step(demand: Demand) -> bool:
+    plain = Demand(demand.gpus, demand.slices)
+    if demand != plain:
+        return False
     if demand.slices:
         return demand.gpus == 0 and is_one_slice(demand.slices)
     return demand.gpus > 0
@@ -127,7 +125,7 @@ class _Books:
         self.problem = problem
         self.policy = policy
         self.placed: dict[str, Placement] = {}
-        self.added: dict[str, list[Device]] = {}
+        self.added: dict[str, list[Allocation]] = {}
         self._nodes = {node.name: node for node in problem.snapshot.nodes}
         self._order = {node.name: i for i, node in enumerate(problem.snapshot.nodes)}
         self._ranking: Ranking | None = None
@@ -141,14 +139,14 @@ class _Books:
         """Every node as it is now."""
         return [read(node, self.taken(node.name)) for node in self.problem.snapshot.nodes]
 
-    def taken(self, name: str) -> tuple[Device, ...]:
+    def taken(self, name: str) -> tuple[Taken, ...]:
         before = self.problem.snapshot.taken.get(name, ())
         added = self.added.get(name)
         return (*before, *added) if added else tuple(before)
 
     def place(self, ask: Ask, placement: Placement) -> None:
         self.placed[ask.id] = placement
-        self.added.setdefault(placement.node, []).extend(placement.devices)
+        self.added.setdefault(placement.node, []).append(allocation_of(ask.demand, placement))
         self._changed.add(placement.node)
 
     def place_alone(self, ask: Ask) -> None:
@@ -233,7 +231,7 @@ class _Unit:
 
     room: Room
     gpu: Gpu | None = None
-    whole: Whole | None = None
+    host: Host | None = None
     free: list[list[Gpu]] = field(default_factory=list)
 
 
@@ -279,15 +277,15 @@ def _network(books: _Books, rooms: Sequence[Room], asks: Sequence[Ask]) -> _Netw
         pending.setdefault(ask.demand, []).append(ask)
     demands = sorted(pending)
     counts = [len(pending[demand]) for demand in demands]
-    sizes = [(d, demand.gpus) for d, demand in enumerate(demands) if demand.gpus]
-    profiles = [(d, demand.slices[0][0]) for d, demand in enumerate(demands) if demand.slices]
+    sizes = [(d, demand.host_need) for d, demand in enumerate(demands) if demand.gpus]
+    profiles = [(d, demand.slice_need(demand.slices[0][0])) for d, demand in enumerate(demands) if demand.slices]
 
     numbers: dict[Hashable, int] = {}
     states: list[State] = []
     units: list[list[_Unit]] = []
 
     def number(state: State) -> int:
-        seen = outlook(state)
+        seen = books.policy.values.essence(state)
         if seen not in numbers:
             numbers[seen] = len(states)
             states.append(state)
@@ -295,9 +293,9 @@ def _network(books: _Books, rooms: Sequence[Room], asks: Sequence[Ask]) -> _Netw
         return numbers[seen]
 
     for room in rooms:
-        if sizes and any(room.whole.free):
-            free = [list(gpus) for gpus in room.free_gpus]
-            units[number(room.state.whole)].append(_Unit(room, whole=room.whole, free=free))
+        if sizes and any(room.host.idle):
+            free = [list(gpus) for gpus in room.idle_gpus]
+            units[number(room.state.host)].append(_Unit(room, host=room.host, free=free))
         if profiles:
             for gpu, cut in room.cuts:
                 units[number(cut)].append(_Unit(room, gpu=gpu))
@@ -305,7 +303,7 @@ def _network(books: _Books, rooms: Sequence[Room], asks: Sequence[Ask]) -> _Netw
     arcs: list[list[_Arc]] = []
     while len(arcs) < len(states) <= STATES:
         state = states[len(arcs)]
-        parts: Iterable[tuple[int, int | str]] = profiles if isinstance(state, Cut) else sizes
+        parts: Iterable[tuple[int, HostNeed | SliceNeed]] = profiles if isinstance(state, Cut) else sizes
         arcs.append(
             [
                 _Arc(d, number(offer.step.after), offer)
@@ -357,7 +355,7 @@ def _room_left(state: State) -> int:
     """Falls with every step: what nobody holds, in units or GPUs."""
     if isinstance(state, Cut):
         return state.geometry.width - state.without_idle().busy.bit_count()
-    return sum(state.free)
+    return sum(state.idle)
 
 
 def _arcs_of(network: _Network, start: int, bundle: Bundle) -> Iterator[_Arc]:
@@ -446,7 +444,7 @@ def tier_price(choices: _Choices, policy: Policy, tier: int) -> Terms:
 
     def price(offer: Offer) -> int:
         if offer not in of_offer:
-            prices = prices_of((offer.step,))
+            prices = prices_of((offer.step,), policy.values)
             of_offer[offer] = sum(weights.get(name, 0) * milli for name, milli in prices)
         return of_offer[offer]
 
@@ -536,7 +534,7 @@ def _walk(network: _Network, taken: Sequence[tuple[int, Bundle, int]], books: _B
                 ask = waiting[arc.demand].popleft()
                 devices = _take(unit, arc, ask.demand, books.policy)
                 if arc.offer not in prices:
-                    prices[arc.offer] = prices_of((arc.offer.step,))
+                    prices[arc.offer] = prices_of((arc.offer.step,), books.policy.values)
                 books.place(ask, Placement(unit.room.node.name, devices, prices[arc.offer]))
 
 
@@ -545,20 +543,20 @@ def _take(unit: _Unit, arc: _Arc, demand: Demand, policy: Policy) -> tuple[Devic
     if unit.gpu is not None:
         return (Device(unit.gpu.uuid, arc.offer.step.slice),)
     after = arc.offer.step.after
-    assert unit.whole is not None
-    assert isinstance(after, Whole)
-    step = _step_to(unit.whole, demand.gpus, after.canonical(), policy)
+    assert unit.host is not None
+    assert isinstance(after, Host)
+    step = _step_to(unit.host, demand.host_need, after.canonical(), policy)
     devices = []
     for free, count in zip(unit.free, step.take, strict=True):
         devices += [Device(gpu.uuid) for gpu in free[:count]]
         del free[:count]
-    assert isinstance(step.after, Whole)
-    unit.whole = step.after
+    assert isinstance(step.after, Host)
+    unit.host = step.after
     return tuple(sorted(devices))
 
 
 @lru_cache(maxsize=65536)
-def _step_to(state: Whole, gpus: int, after: Whole, policy: Policy) -> Step:
+def _step_to(state: Host, need: HostNeed, after: Host, policy: Policy) -> Step:
     """The cheapest step from this very state to one like `after`."""
-    steps = [offer.step for offer in offers(state, gpus, policy)]
-    return next(step for step in steps if isinstance(step.after, Whole) and step.after.canonical() == after)
+    steps = [offer.step for offer in offers(state, need, policy)]
+    return next(step for step in steps if isinstance(step.after, Host) and step.after.canonical() == after)

@@ -15,6 +15,25 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
+from solver.guests import NOBODY, Guest, Guests, join
+
+Version = tuple[int, ...]
+"""A version number by its parts: "580.95.05" is (580, 95, 5); empty: not known, or none wanted."""
+
+
+class Kind(NamedTuple):
+    """What a GPU is, as far as one can ask for it. `watts` is its power limit, 0 where it is not known."""
+
+    product: str = ""
+    architecture: str = ""
+    compute_capability: Version = ()
+    memory_mib: int = 0
+    watts: int = 0
+
+
+NO_KIND = Kind()
+"""A GPU of which nothing is known."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Slice:
@@ -146,7 +165,8 @@ class Cut:
 
     Two GPUs with equal cuts can do exactly the same things. Build it with `cut()`; `held` and `idle` are
     sorted. An idle instance may be handed out again as it is; for every other profile its units are blocked,
-    since it is there. `busy` (bit set of units) and `left` (capacities) count both.
+    since it is there. `busy` (bit set of units) and `left` (capacities) count both. `kind` is what the GPU is,
+    `guests` whose pods hold its slices.
     """
 
     geometry: Geometry
@@ -154,16 +174,18 @@ class Cut:
     idle: tuple[Slice, ...]
     busy: int = field(compare=False, repr=False)
     left: tuple[int, ...] = field(compare=False, repr=False)
+    kind: Kind = NO_KIND
+    guests: Guests = ()
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash((self.geometry, self.held, self.idle)))
+        object.__setattr__(self, "_hash", hash((self.geometry, self.held, self.idle, self.kind, self.guests)))
 
     def __hash__(self) -> int:
         return self._hash
 
     def __reduce__(self) -> tuple[type[Cut], tuple[object, ...]]:
-        return Cut, (self.geometry, self.held, self.idle, self.busy, self.left)
+        return Cut, (self.geometry, self.held, self.idle, self.busy, self.left, self.kind, self.guests)
 
     def starts(self, profile: str) -> tuple[int, ...]:
         """Where a new instance of the profile may be made now."""
@@ -182,20 +204,21 @@ class Cut:
         """The state if every idle instance were destroyed."""
         return _without_idle(self) if self.idle else self
 
-    def add(self, taken: Slice) -> Cut:
+    def add(self, taken: Slice, guest: Guest = NOBODY) -> Cut:
         """The state after the slice is held: made new at a legal start, or an idle instance handed out."""
-        return _add(self, taken)
+        return _add(self, taken, guest)
 
 
 @lru_cache(maxsize=65536)
-def _add(before: Cut, taken: Slice) -> Cut:
+def _add(before: Cut, taken: Slice, guest: Guest) -> Cut:
     block = grid(before.geometry).blocks[taken]
     held = tuple(sorted((*before.held, block)))
+    guests = join(before.guests, guest, occupied=bool(before.held))
     if taken in before.idle:
         idle = tuple(slice_ for slice_ in before.idle if slice_ != taken)
-        return Cut(before.geometry, held, idle, before.busy, before.left)
+        return Cut(before.geometry, held, idle, before.busy, before.left, before.kind, guests)
     left = tuple(left - use for left, use in zip(before.left, block.uses, strict=True))
-    return Cut(before.geometry, held, before.idle, before.busy | block.mask, left)
+    return Cut(before.geometry, held, before.idle, before.busy | block.mask, left, before.kind, guests)
 
 
 @lru_cache(maxsize=65536)
@@ -205,11 +228,17 @@ def _without_idle(state: Cut) -> Cut:
     for block in state.held:
         busy |= block.mask
     left = tuple(total - sum(block.uses[i] for block in state.held) for i, total in enumerate(totals))
-    return Cut(state.geometry, state.held, (), busy, left)
+    return Cut(state.geometry, state.held, (), busy, left, state.kind, state.guests)
 
 
 @lru_cache(maxsize=65536)
-def cut(geometry: Geometry, held: frozenset[Slice] = frozenset(), idle: frozenset[Slice] = frozenset()) -> Cut | str:
+def cut(
+    geometry: Geometry,
+    held: frozenset[Slice] = frozenset(),
+    idle: frozenset[Slice] = frozenset(),
+    kind: Kind = NO_KIND,
+    guests: Guests = (),
+) -> Cut | str:
     """The state of a GPU with these slices held and these instances idle; words if they cannot all be there.
 
     Then the board and our books disagree, and nothing should be placed until they agree again.
@@ -224,7 +253,7 @@ def cut(geometry: Geometry, held: frozenset[Slice] = frozenset(), idle: frozense
         busy |= block.mask
     left = tuple(total - sum(block.uses[i] for block in there) for i, total in enumerate(ready.totals))
     held_blocks = tuple(sorted(ready.blocks[slice_] for slice_ in held))
-    return Cut(geometry, held_blocks, tuple(sorted(idle)), busy, left)
+    return Cut(geometry, held_blocks, tuple(sorted(idle)), busy, left, kind, guests)
 
 
 def empty(geometry: Geometry) -> Cut:

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from solver.cluster import Device, Gpu, Node
-from solver.demand import Demand
+from solver.cluster import Device, Gpu, Node, Taken
+from solver.demand import Demand, HostNeed
 from solver.fits import Refusal, refusal_in
 from solver.goals import DEFAULT_POLICY, Policy, offers, prices_of
 from solver.pack import cheapest_on, is_one_slice, pack
 from solver.plan import Placement
-from solver.steps import Room, RoomState, Step, Whole, read, whole_steps
+from solver.steps import Host, Room, RoomState, Step, host_steps, read
 
 KNOWN_DEMANDS = 256
 """Demands whose tables are kept up; the one not asked for longest goes first."""
@@ -32,71 +32,77 @@ KNOWN_REFUSALS = 256
 """Refusals remembered per node until it changes."""
 
 
-def quote(node: Node, taken: Iterable[Device], demand: Demand, policy: Policy = DEFAULT_POLICY) -> Placement | None:
-    """The cheapest placement on this node, were these devices taken; None if the demand does not fit."""
+def quote(node: Node, taken: Iterable[Taken], demand: Demand, policy: Policy = DEFAULT_POLICY) -> Placement | None:
+    """The cheapest placement on this node, were this taken; None if the demand does not fit."""
     return _place(read(node, taken), demand, policy)
 
 
-def price(node: Node, taken: Iterable[Device], demand: Demand, policy: Policy = DEFAULT_POLICY) -> int | None:
+def price(node: Node, taken: Iterable[Taken], demand: Demand, policy: Policy = DEFAULT_POLICY) -> int | None:
     """The total price of that placement."""
     return cheapest_on(read(node, taken).state, demand, policy)
 
 
 def _place(room: Room, demand: Demand, policy: Policy) -> Placement | None:
     """Exact devices at the lowest price; then an idle instance, the lowest start, the lowest index."""
-    steps: list[Step] = []
-    devices: list[Device] = []
-    if demand.gpus:
-        whole = _place_whole(room, demand.gpus, policy)
-        if whole is None:
-            return None
-        steps.append(whole[0])
-        devices += whole[1]
+    equal = _cheapest_on_host(room.host, demand.host_need, policy)
+    if not equal:
+        return None
+    first = min(equal, key=lambda step: [gpu.index for gpu in gpus_of(room, step)])
+    steps, devices = [first], devices_of_step(room, first)
     if demand.slices:
-        cut_up = _place_slices(room, demand.slices, policy)
+        cut_up = _place_slices(room, demand, policy)
         if cut_up is None:
             return None
         steps += cut_up[0]
         devices += cut_up[1]
-    return Placement(room.node.name, tuple(sorted(devices)), prices_of(steps))
-
-
-def _place_whole(room: Room, gpus: int, policy: Policy) -> tuple[Step, list[Device]] | None:
-    equal = _cheapest_whole(room.whole, gpus, policy)
-    if not equal:
-        return None
-    step = min(equal, key=lambda step: [gpu.index for gpu in gpus_of(room, step)])
-    return step, [Device(gpu.uuid) for gpu in gpus_of(room, step)]
+    return Placement(room.node.name, tuple(sorted(devices)), prices_of(steps, policy.values))
 
 
 @lru_cache(maxsize=16384)
-def _cheapest_whole(state: Whole, gpus: int, policy: Policy) -> tuple[Step, ...]:
-    """All steps at the lowest price."""
-    priced = [(policy.total(prices_of((step,))), step) for step in whole_steps(state, gpus)]
+def _cheapest_on_host(state: Host, need: HostNeed, policy: Policy) -> tuple[Step, ...]:
+    """All steps with the lowest price."""
+    priced = [(policy.total(prices_of((step,), policy.values)), step) for step in host_steps(state, need)]
     least = min((price for price, _ in priced), default=0)
     return tuple(step for price, step in priced if price == least)
 
 
 def gpus_of(room: Room, step: Step) -> list[Gpu]:
-    """The GPUs that a step takes on this node, by index: the lowest free ones of each class."""
-    chosen = [gpu for gpus, count in zip(room.free_gpus, step.take, strict=True) for gpu in gpus[:count]]
-    return sorted(chosen, key=lambda gpu: gpu.index)
+    """The GPUs that a step on the host uses, by index, the shared one last: the lowest of each class."""
+    chosen = [gpu for gpus, count in zip(room.idle_gpus, step.take, strict=True) for gpu in gpus[:count]]
+    chosen.sort(key=lambda gpu: gpu.index)
+    if step.share_milli:
+        chosen.append(_shared_gpu(room, step))
+    return chosen
 
 
-def _place_slices(
-    room: Room, wanted: tuple[tuple[str, int], ...], policy: Policy
-) -> tuple[list[Step], list[Device]] | None:
-    if is_one_slice(wanted):
+def _shared_gpu(room: Room, step: Step) -> Gpu:
+    c = step.share_class
+    if step.share_on is None:
+        return room.idle_gpus[c][step.take[c]]
+    return next(gpu for gpu, part in room.shared_gpus[c] if part == step.share_on)
+
+
+def devices_of_step(room: Room, step: Step) -> list[Device]:
+    """Real devices for a step on the host."""
+    gpus = gpus_of(room, step)
+    whole = gpus[:-1] if step.share_milli else gpus
+    share = [Device(gpus[-1].uuid, milli=step.share_milli)] if step.share_milli else []
+    return [Device(gpu.uuid) for gpu in whole] + share
+
+
+def _place_slices(room: Room, demand: Demand, policy: Policy) -> tuple[list[Step], list[Device]] | None:
+    if is_one_slice(demand.slices):
+        need = demand.slice_need(demand.slices[0][0])
         choices = [
             (offer.price, not offer.step.reused, offer.step.slice, gpu.index, gpu.uuid, offer.step)
             for gpu, state in room.cuts
-            for offer in offers(state, wanted[0][0], policy)
+            for offer in offers(state, need, policy)
         ]
         if not choices:
             return None
         *_, uuid, step = min(choices, key=lambda choice: choice[:4])
         return [step], [Device(uuid, step.slice)]
-    found = pack([state for _, state in room.cuts], wanted, policy)
+    found = pack([state for _, state in room.cuts], demand, policy)
     if found is None:
         return None
     steps = [step for chain in found[1] for step in chain]
@@ -111,7 +117,7 @@ class _Entry:
     """What the ranking knows of one node."""
 
     room: Room
-    taken: tuple[Device, ...]
+    taken: tuple[Taken, ...]
     refusals: dict[Demand, Refusal | None] = field(default_factory=dict)
 
 
@@ -137,7 +143,7 @@ class Ranking:
         self._tables: OrderedDict[Demand, _Table] = OrderedDict()
         self._rows: OrderedDict[RoomState, dict[Demand, int | None]] = OrderedDict()
 
-    def put(self, node: Node, taken: Iterable[Device] = ()) -> None:
+    def put(self, node: Node, taken: Iterable[Taken] = ()) -> None:
         """The node is now like this. Only its own entries change, and none if it can do what it could before.
 
         They are marked here and brought up to date when their demand is next asked for.

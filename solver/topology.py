@@ -1,6 +1,6 @@
 """The whole GPUs of a node as a link graph: which are interchangeable, which sets are alike, which are best.
 
-    links, NUMA, products ──board()──▶ Board: twin classes and their symmetries
+    links, NUMA, kinds, NICs ──board()──▶ Board: twin classes and their symmetries
     Board + free GPUs ──▶ how many are free in each class ──canonical()──▶ the state of a node's whole GPUs
 
 On an NVSwitch board the classes are its NUMA nodes, so a state is a count per NUMA node. On a DGX-1V each
@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+
+from solver.geometry import Kind
 
 PCIE_GBS = {"internal": 64, "single": 64, "multiple": 56, "hostbridge": 48, "node": 32, "system": 20}
 """GB/s both ways to reckon with between two GPUs without NVLink, by NVML's common ancestor of their PCIe
@@ -36,8 +38,9 @@ class Board:
     Positions are 0 … size-1 in the node's order of whole GPUs. `classes` are the sets of interchangeable
     positions (same NUMA node, product, and links to all others). `inside[c]` is GB/s between two of a class,
     `between[c][d]` between one of c and one of d. `numa[c]` is the class's NUMA node, renamed 0, 1, … in
-    order of appearance (unknown ones count as one node). `symmetries` are permutations of the classes that
-    change nothing; the first is the identity.
+    order of appearance (unknown ones count as one node), `nics[c]` its nearest network card likewise, and
+    `kinds[c]` what its GPUs are. `symmetries` are permutations of the classes that change nothing; the first
+    is the identity. `source` is what `board` was called with.
     """
 
     size: int
@@ -45,24 +48,43 @@ class Board:
     inside: tuple[int, ...]
     between: tuple[tuple[int, ...], ...]
     numa: tuple[int, ...]
+    nics: tuple[int, ...]
+    kinds: tuple[Kind, ...]
     symmetries: tuple[tuple[int, ...], ...]
+    source: tuple[Matrix, tuple[int | None, ...], tuple[Kind, ...], tuple[int | None, ...]]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle by source, so that boards wired alike are one value in every process."""
+        return board, self.source
 
 
 Counts = tuple[int, ...]
 """How many GPUs of each class."""
 
+Left = tuple[int, tuple[object, ...]]
+"""What is left of one class: how many idle GPUs, and the shared ones."""
+
+Matrix = tuple[tuple[int, ...], ...]
+"""GB/s both ways between every two GPUs."""
+
 
 @lru_cache(maxsize=4096)
-def board(links: tuple[tuple[int, ...], ...], numa: tuple[int | None, ...], products: tuple[str, ...]) -> Board:
-    """The board of GPUs with these links (GB/s both ways), NUMA nodes and products, by position."""
+def board(
+    links: Matrix,
+    numa: tuple[int | None, ...],
+    kinds: tuple[Kind, ...],
+    nics: tuple[int | None, ...] = (),
+) -> Board:
+    """The board of GPUs with these links (GB/s both ways), NUMA nodes, kinds and nearest NICs, by position."""
     size = len(numa)
-    names: dict[int | None, int] = {}
-    nodes = [names.setdefault(node, len(names)) for node in numa]
+    cards = nics or (None,) * size
+    node_of, card_of = _renamed(numa), _renamed(cards)
 
     def twins(a: int, b: int) -> bool:
         return (
-            nodes[a] == nodes[b]
-            and products[a] == products[b]
+            node_of[a] == node_of[b]
+            and card_of[a] == card_of[b]
+            and kinds[a] == kinds[b]
             and all(links[a][other] == links[b][other] for other in range(size) if other not in (a, b))
         )
 
@@ -77,26 +99,39 @@ def board(links: tuple[tuple[int, ...], ...], numa: tuple[int | None, ...], prod
 
     inside = tuple(links[members[0]][members[1]] if len(members) > 1 else 0 for members in classes)
     between = tuple(tuple(links[a[0]][b[0]] if a is not b else 0 for b in classes) for a in classes)
-    class_numa = tuple(nodes[members[0]] for members in classes)
-    colours = [(len(members), products[members[0]], inside[c]) for c, members in enumerate(classes)]
+    class_numa = tuple(node_of[members[0]] for members in classes)
+    class_nics = tuple(card_of[members[0]] for members in classes)
+    colours = [(len(members), kinds[members[0]], inside[c]) for c, members in enumerate(classes)]
     return Board(
         size=size,
         classes=tuple(tuple(members) for members in classes),
         inside=inside,
         between=between,
         numa=class_numa,
-        symmetries=_symmetries(colours, between, class_numa),
+        nics=class_nics,
+        kinds=tuple(kinds[members[0]] for members in classes),
+        symmetries=_symmetries(colours, between, tuple(zip(class_numa, class_nics, strict=True))),
+        source=(links, numa, kinds, nics),
     )
 
 
+def _renamed(names: Sequence[int | None]) -> list[int]:
+    """The same names as 0, 1, … in order of appearance."""
+    numbers: dict[int | None, int] = {}
+    return [numbers.setdefault(name, len(numbers)) for name in names]
+
+
 def _symmetries(
-    colours: Sequence[object], between: Sequence[Sequence[int]], numa: Sequence[int]
+    colours: Sequence[object], between: Sequence[Sequence[int]], places: Sequence[tuple[int, int]]
 ) -> tuple[tuple[int, ...], ...]:
-    """Permutations of the classes that keep colours, links and "same NUMA node"; at most SYMMETRIES."""
+    """Permutations of the classes that keep colours, links and "same NUMA node, same NIC"; at most SYMMETRIES."""
     count = len(colours)
 
-    def look(c: int) -> tuple[object, list[tuple[int, bool]]]:
-        return colours[c], sorted((between[c][d], numa[c] == numa[d]) for d in range(count) if d != c)
+    def together(c: int, d: int) -> tuple[bool, bool]:
+        return places[c][0] == places[d][0], places[c][1] == places[d][1]
+
+    def look(c: int) -> tuple[object, list[tuple[int, tuple[bool, bool]]]]:
+        return colours[c], sorted((between[c][d], together(c, d)) for d in range(count) if d != c)
 
     looks = [look(c) for c in range(count)]
     found: list[tuple[int, ...]] = []
@@ -112,8 +147,7 @@ def _symmetries(
             if image in chosen or looks[image] != looks[here]:
                 continue
             if all(
-                between[here][d] == between[image][chosen[d]]
-                and (numa[here] == numa[d]) == (numa[image] == numa[chosen[d]])
+                between[here][d] == between[image][chosen[d]] and together(here, d) == together(image, chosen[d])
                 for d in range(here)
             ):
                 extend([*chosen, image])
@@ -122,10 +156,11 @@ def _symmetries(
     return tuple(found)
 
 
-@lru_cache(maxsize=65536)
-def canonical(wiring: Board, free: Counts) -> Counts:
-    """The same free GPUs up to the board's symmetries: the smallest of their images."""
-    return min(tuple(free[image] for image in symmetry) for symmetry in wiring.symmetries)
+def canonical(
+    wiring: Board, left: Sequence[tuple[int, tuple[object, ...]]]
+) -> tuple[tuple[int, tuple[object, ...]], ...]:
+    """What is left in each class (idle GPUs, shared ones), up to the board's symmetries: the smallest image."""
+    return min(tuple([left[image] for image in symmetry]) for symmetry in wiring.symmetries)
 
 
 def everything(wiring: Board) -> Counts:
@@ -145,9 +180,17 @@ def bandwidth(wiring: Board, chosen: Counts) -> int:
     return total
 
 
-def numa_nodes(wiring: Board, chosen: Counts) -> int:
-    """How many NUMA nodes a set of GPUs touches."""
-    return len({wiring.numa[c] for c, count in enumerate(chosen) if count})
+def places(labels: Sequence[int], chosen: Counts) -> int:
+    """How many NUMA nodes (or NICs), given by class, a set of GPUs touches."""
+    return len({labels[c] for c, count in enumerate(chosen) if count})
+
+
+def joined_by_nvlink(wiring: Board, chosen: Counts) -> bool:
+    """Whether every two GPUs of a set are joined by NVLink: a bandwidth that is no class of PCIe paths."""
+    classes = [c for c, count in enumerate(chosen) if count]
+    pairs = [wiring.inside[c] for c in classes if chosen[c] > 1]
+    pairs += [wiring.between[c][d] for c in classes for d in classes if c < d]
+    return all(gbs > 0 and gbs not in PCIE_GBS.values() for gbs in pairs)
 
 
 @lru_cache(maxsize=4096)
@@ -157,17 +200,17 @@ def best_bandwidth(wiring: Board, gpus: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def fewest_numa_nodes(wiring: Board, gpus: int) -> int:
-    """The fewest NUMA nodes that hold that many GPUs of this board."""
+def fewest_places(wiring: Board, labels: tuple[int, ...], gpus: int) -> int:
+    """The fewest NUMA nodes (or NICs), given by class, that hold that many GPUs of this board."""
     sizes: dict[int, int] = {}
     for c, members in enumerate(wiring.classes):
-        sizes[wiring.numa[c]] = sizes.get(wiring.numa[c], 0) + len(members)
-    held, nodes = 0, 0
+        sizes[labels[c]] = sizes.get(labels[c], 0) + len(members)
+    held, touched = 0, 0
     for size in sorted(sizes.values(), reverse=True):
         if held >= gpus:
             break
-        held, nodes = held + size, nodes + 1
-    return nodes
+        held, touched = held + size, touched + 1
+    return touched
 
 
 @lru_cache(maxsize=1024)

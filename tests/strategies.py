@@ -4,9 +4,10 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from solver.cluster import Device, Node
-from solver.demand import Demand
+from solver.cluster import Allocation, Device, Node, Taken
+from solver.demand import Demand, Terms
 from solver.geometry import Geometry, Profile, Slice, faults, grid
+from solver.guests import NOBODY, Guest
 from tests.builders import A30, A100, H100, RTX, gpu
 
 REAL = (A30, A100, H100, RTX)
@@ -36,13 +37,18 @@ def geometries(draw: st.DrawFn) -> Geometry:
 
 @st.composite
 def nodes(draw: st.DrawFn, name: str = "n", largest: int = 4, real: bool = True) -> Node:
-    """A node of a few GPUs, some in MIG mode with idle instances, some withheld, wired at random."""
+    """A node of a few GPUs of two kinds, some in MIG mode with idle instances, some withheld, wired at random.
+
+    CPU and memory of some are known, and short.
+    """
     size = draw(st.integers(1, largest))
     kinds = st.sampled_from((A30, A100)) if real else geometries()
     geometry = draw(kinds)
     gpus = []
     for i in range(size):
-        made = gpu(name, i, numa=draw(st.sampled_from((0, 1, None))))
+        made = gpu(name, i, numa=draw(st.sampled_from((0, 1, None))), nic=draw(st.sampled_from((0, 0, None))))
+        if draw(st.integers(0, 3)) == 0:
+            made = replace(made, product="Other GPU", memory_mib=40_000, compute_capability=(9, 0), watts=300)
         if draw(st.integers(0, 9)) == 0:
             made = replace(made, withheld="unhealthy")
         if draw(st.integers(0, 2)) == 0:
@@ -50,7 +56,11 @@ def nodes(draw: st.DrawFn, name: str = "n", largest: int = 4, real: bool = True)
         gpus.append(made)
     gbs = {(a, b): draw(st.sampled_from((20, 100, 100, 200))) for a in range(size) for b in range(a)}
     links = tuple(tuple(0 if a == b else gbs[max(a, b), min(a, b)] for b in range(size)) for a in range(size))
-    return Node(name, tuple(gpus), links)
+    made_of = Node(name, tuple(gpus), links)
+    if draw(st.booleans()):
+        return made_of
+    cpu, memory = draw(st.integers(0, 4)) * 1000, draw(st.sampled_from((None, 1000, 8000)))
+    return replace(made_of, cpu_milli=cpu, memory_mib=memory, driver=(550, 54), cuda=(12, 4))
 
 
 @st.composite
@@ -63,22 +73,39 @@ def instances(draw: st.DrawFn, geometry: Geometry) -> tuple[Slice, ...]:
     return tuple(standing)
 
 
+GUESTS = (
+    NOBODY,
+    NOBODY,
+    NOBODY,
+    Guest("red"),
+    Guest("red", "training"),
+    Guest("blue", "serving"),
+    Guest("blue", "", "gpu"),
+    Guest("red", "", "node"),
+)
+
+
 @st.composite
-def taken_on(draw: st.DrawFn, node: Node) -> tuple[Device, ...]:
-    """What is held on a node: some whole GPUs, some slices, existing ones and promised ones."""
-    taken: list[Device] = []
+def taken_on(draw: st.DrawFn, node: Node) -> tuple[Taken, ...]:
+    """What is held on a node: whole GPUs, shares, slices (existing ones and promised ones), by whomever; some CPU."""
+    taken: list[Allocation] = []
+    guests = st.sampled_from(GUESTS if draw(st.integers(0, 2)) == 0 else GUESTS[:1])
     for gpu_ in node.gpus:
         if draw(st.booleans()):
             continue
         if gpu_.geometry is None:
-            taken.append(Device(gpu_.uuid))
+            shares = draw(st.lists(st.sampled_from((100, 250, 500)), max_size=2))
+            devices = [Device(gpu_.uuid, milli=milli) for milli in shares] or [Device(gpu_.uuid)]
+            taken += [Allocation((device,), guest=draw(guests)) for device in devices]
             continue
-        standing = set(gpu_.instances)
+        standing, held = set(gpu_.instances), set()
         for slice_ in draw(st.lists(st.sampled_from(sorted(grid(gpu_.geometry).blocks)), max_size=2)):
-            device = Device(gpu_.uuid, slice_)
-            if device not in taken and not faults(gpu_.geometry, standing | {slice_}):
+            if slice_ not in held and not faults(gpu_.geometry, standing | {slice_}):
                 standing.add(slice_)
-                taken.append(device)
+                held.add(slice_)
+                taken.append(Allocation((Device(gpu_.uuid, slice_),), guest=draw(guests)))
+    if draw(st.integers(0, 3)) == 0:
+        taken.append(Allocation((), draw(st.integers(0, 2)) * 500, 500))
     return tuple(taken)
 
 
@@ -100,8 +127,34 @@ def simple_demands(draw: st.DrawFn, *nodes: Node) -> Demand:
 
 @st.composite
 def demands(draw: st.DrawFn, *nodes: Node) -> Demand:
-    """Whole GPUs and slices of one or two kinds, alone or together, three parts at most."""
+    """Whole GPUs, a share, slices of one or two kinds, alone or together; sometimes with CPU, memory and terms."""
     profiles = profiles_of(*nodes) or ["1g.10gb"]
     parts: list[str] = draw(st.lists(st.sampled_from(profiles), max_size=3))
     gpus = draw(st.integers(0 if parts else 1, 3))
-    return Demand.of(gpus, **{profile: parts.count(profile) for profile in parts})
+    made = Demand.of(gpus, **{profile: parts.count(profile) for profile in parts})
+    if draw(st.integers(0, 2)) == 0:
+        made = replace(made, gpus=min(gpus, 1), share_milli=draw(st.sampled_from((100, 250, 500, 999))))
+    elif draw(st.integers(0, 4)) == 0:
+        made = replace(made, gpus=min(gpus, 1), share_mib=draw(st.sampled_from((1, 10_000, 50_000))))
+    if draw(st.booleans()):
+        made = replace(
+            made, cpu_milli=draw(st.sampled_from((0, 500, 1500))), memory_mib=draw(st.sampled_from((0, 700)))
+        )
+    if draw(st.integers(0, 3)) == 0:
+        made = replace(made, terms=draw(terms()))
+    return made
+
+
+@st.composite
+def terms(draw: st.DrawFn) -> Terms:
+    """Floors that some GPUs meet, and a guest."""
+    choose = st.sampled_from
+    return Terms(
+        products=draw(choose(((), (), ("test",), ("Other GPU",)))),
+        compute_capability=draw(choose(((), (), (9, 0)))),
+        gpu_memory_mib=draw(choose((0, 0, 20_000, 50_000))),
+        nvlink=draw(choose((False, False, True))),
+        driver=draw(choose(((), (), (535,)))),
+        cuda=draw(choose(((), (), (12, 9), (13, 0)))),
+        guest=draw(choose(GUESTS)),
+    )

@@ -4,22 +4,41 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import combinations
 
-from solver.cluster import Device, Node, Snapshot
-from solver.demand import Demand, Problem
+from solver.cluster import Allocation, Device, Node, Snapshot, Taken, allocations, devices_of
+from solver.demand import Ask, Demand, Problem
 from solver.flow import UNPLACED, worth
 from solver.geometry import Slice, faults
-from solver.goals import DEFAULT_POLICY, Policy, plain_prices
+from solver.goals import DEFAULT_POLICY, Policy, allocation_of, plain_prices
 from solver.plan import Placement
+from solver.verify import on_terms
 
 
-def placements(node: Node, taken: Sequence[Device], demand: Demand) -> Iterator[tuple[Device, ...]]:
+def placements(node: Node, taken: Sequence[Taken], demand: Demand) -> Iterator[tuple[Device, ...]]:
     """Every legal set of devices for the demand on the node."""
-    touched = {device.gpu for device in taken}
-    free = [gpu.uuid for gpu in node.gpus if gpu.geometry is None and not gpu.withheld and gpu.uuid not in touched]
+    there = allocations(taken)
+    held = devices_of(there)
+    touched = {device.gpu for device in held}
+    usable = [gpu for gpu in node.gpus if gpu.geometry is None and not gpu.withheld]
+    free = [gpu.uuid for gpu in usable if gpu.uuid not in touched]
+    shared = {d.gpu for d in held if d.milli} - {d.gpu for d in held if not d.milli}
+    shares: list[tuple[Device, ...]] = [()]
+    if demand.is_shared:
+        used = {gpu: sum(d.milli for d in held if d.gpu == gpu) for gpu in shared}
+        shares = [
+            (Device(gpu.uuid, milli=demand.share_of(gpu.memory_mib)),)
+            for gpu in usable
+            if (gpu.uuid in free or gpu.uuid in shared)
+            and used.get(gpu.uuid, 0) + demand.share_of(gpu.memory_mib) <= 1000
+        ]
     wanted = [profile for profile, count in demand.slices for _ in range(count)]
     for gpus in combinations(free, demand.gpus):
-        for cut in set(_slices(node, frozenset(taken), wanted)):
-            yield tuple(sorted([*map(Device, gpus), *cut]))
+        for share in shares:
+            if share and share[0].gpu in gpus:
+                continue
+            for cut in set(_slices(node, frozenset(held), wanted)):
+                devices = tuple(sorted([*map(Device, gpus), *share, *cut]))
+                if not on_terms(node, there, [(demand, Placement(node.name, devices))]):
+                    yield devices
 
 
 def _slices(node: Node, taken: frozenset[Device], wanted: Sequence[str]) -> Iterator[frozenset[Device]]:
@@ -27,7 +46,7 @@ def _slices(node: Node, taken: frozenset[Device], wanted: Sequence[str]) -> Iter
         yield frozenset()
         return
     for gpu in node.gpus:
-        if gpu.geometry is None or gpu.withheld or Device(gpu.uuid) in taken:
+        if gpu.geometry is None or gpu.withheld or any(d.gpu == gpu.uuid and d.slice is None for d in taken):
             continue
         standing = set(gpu.instances) | {d.slice for d in taken if d.gpu == gpu.uuid and d.slice is not None}
         if faults(gpu.geometry, standing):
@@ -40,15 +59,17 @@ def _slices(node: Node, taken: frozenset[Device], wanted: Sequence[str]) -> Iter
                         yield rest | {device}
 
 
-def total(node: Node, taken: Sequence[Device], devices: tuple[Device, ...], policy: Policy) -> int:
+def total(node: Node, taken: Sequence[Taken], demand: Demand, devices: tuple[Device, ...], policy: Policy) -> int:
     """What these devices cost, by the plain counts."""
-    snapshot = Snapshot((node,), {node.name: tuple(taken)})
-    return policy.total(plain_prices(snapshot, Placement(node.name, devices)))
+    problem = Problem(Snapshot((node,), {node.name: tuple(taken)}), (Ask("one", demand),))
+    return policy.total(plain_prices(problem, "one", Placement(node.name, devices), policy.values))
 
 
-def cheapest(node: Node, taken: Sequence[Device], demand: Demand, policy: Policy = DEFAULT_POLICY) -> int | None:
+def cheapest(node: Node, taken: Sequence[Taken], demand: Demand, policy: Policy = DEFAULT_POLICY) -> int | None:
     """The least any placement of the demand on the node costs."""
-    return min((total(node, taken, devices, policy) for devices in placements(node, taken, demand)), default=None)
+    return min(
+        (total(node, taken, demand, devices, policy) for devices in placements(node, taken, demand)), default=None
+    )
 
 
 def least_cost(problem: Problem, policy: Policy = DEFAULT_POLICY) -> int:
@@ -62,15 +83,16 @@ def least_cost(problem: Problem, policy: Policy = DEFAULT_POLICY) -> int:
                 units[profile.name] = min(share, units.get(profile.name, share))
 
     @cache
-    def on(node: Node, taken: frozenset[Device], demands: tuple[Demand, ...]) -> int | None:
+    def on(node: Node, taken: tuple[Allocation, ...], demands: tuple[Demand, ...]) -> int | None:
         """The least that all of these demands cost on one node."""
         if not demands:
             return 0
         best: int | None = None
-        for devices in placements(node, tuple(taken), demands[0]):
-            rest = on(node, taken | set(devices), demands[1:])
+        for devices in placements(node, taken, demands[0]):
+            held = allocation_of(demands[0], Placement(node.name, devices))
+            rest = on(node, tuple(sorted((*taken, held), key=repr)), demands[1:])
             if rest is not None:
-                price = rest + total(node, tuple(taken), devices, policy)
+                price = rest + total(node, taken, demands[0], devices, policy)
                 best = price if best is None else min(best, price)
         return best
 
@@ -79,7 +101,7 @@ def least_cost(problem: Problem, policy: Policy = DEFAULT_POLICY) -> int:
         if not nodes:
             return sum(UNPLACED * worth(demand, units) for demand in demands)
         best = None
-        taken = frozenset(problem.snapshot.taken.get(nodes[0].name, ()))
+        taken = allocations(problem.snapshot.taken.get(nodes[0].name, ()))
         for count in range(len(demands) + 1):
             for here in combinations(range(len(demands)), count):
                 price = on(nodes[0], taken, tuple(sorted(demands[i] for i in here)))

@@ -12,6 +12,7 @@ from solver.goals import GOALS, Policy
 from solver.plan import Plan, Status
 from solver.program import SAFE_RANGE
 from solver.samples import parse_samples
+from solver.values import DEFAULT_VALUES
 from solver.verify import legal_step_exists, verify
 from tests.builders import mig_node, node, one, part, problem, slices, whole
 
@@ -127,6 +128,6 @@ def test_each_goal_counts_the_same_in_the_model_and_on_the_finished_plan(made: t
     asked, plan = made
     for goal in GOALS:
         claimed = sum(dict(placement.prices)[goal.name] for placement in plan.placements.values())
-        assert claimed == goal.of_plan(asked.snapshot, plan), goal.name
+        assert claimed == goal.of_plan(asked, plan, DEFAULT_VALUES), goal.name
     assert verify(asked, plan) == []
     assert plan.status is Status.OPTIMAL

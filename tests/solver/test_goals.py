@@ -6,27 +6,36 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from solver.demand import ANY_TERMS, Demand, SliceNeed
 from solver.geometry import Slice, empty, placed_states
-from solver.goals import DEFAULT_POLICY, GOALS, Policy, offers, outlook, prices_of, value
+from solver.goals import DEFAULT_POLICY, GOALS, Policy, offers, prices_of
 from solver.rank import quote
 from solver.samples import KINDS, sample_node
-from solver.steps import State, Whole, read, slice_steps, whole_steps
+from solver.steps import Host, State, host, host_steps, read, slice_steps
+from solver.values import DEFAULT_VALUES
 from tests.builders import A100, one
 from tests.strategies import REAL, geometries
+
+value = DEFAULT_VALUES.of
+
+
+def need(profile: str) -> SliceNeed:
+    """One slice on any terms."""
+    return SliceNeed(profile, ANY_TERMS)
 
 
 def states(kind: str) -> list[State]:
     """A few states of a sample node."""
     room = read(sample_node("n", kind))
-    full = room.whole.free
-    return [Whole(room.whole.board, tuple(min(keep, n) for n in full)) for keep in (0, 1, 2, 4)]
+    full = room.host.idle
+    return [host(room.host.board, tuple(min(keep, n) for n in full)) for keep in (0, 1, 2, 4)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_are_whole_and_between_nothing_and_the_node(kind: str) -> None:
     """Milli-GPU, as everything else."""
     for state in states(kind):
-        assert isinstance(state, Whole)
+        assert isinstance(state, Host)
         assert isinstance(value(state), int)
         assert value(state) <= 1000 * state.board.size
 
@@ -38,16 +47,16 @@ def test_a_cut_gpu_is_worth_between_nothing_and_one_gpu_and_never_gains(geometry
     state = empty(geometry)
     assert value(state) in (0, 1000)
     for _ in range(4):
-        steps = [step for profile in geometry.profiles for step in slice_steps(state, profile.name)]
+        steps = [step for profile in geometry.profiles for step in slice_steps(state, need(profile.name))]
         if not steps:
             break
         step = data.draw(st.sampled_from(steps))
         assert 0 <= value(step.after) <= value(state)
-        assert all(isinstance(milli, int) for _, milli in prices_of((step,)))
+        assert all(isinstance(milli, int) for _, milli in prices_of((step,), DEFAULT_VALUES))
         state = step.after
 
 
-def test_states_with_the_same_outlook_have_the_same_value() -> None:
+def test_states_that_are_alike_in_essence_have_the_same_value() -> None:
     """The joint flow merges them, so it must be true."""
     from solver.geometry import Cut, cut
 
@@ -55,7 +64,7 @@ def test_states_with_the_same_outlook_have_the_same_value() -> None:
     for placed in placed_states(A100):
         state = cut(A100, placed)
         assert isinstance(state, Cut)
-        assert seen.setdefault(outlook(state), value(state)) == value(state)
+        assert seen.setdefault(DEFAULT_VALUES.essence(state), value(state)) == value(state)
     assert len(seen) < 2319
 
 
@@ -64,7 +73,10 @@ def test_a_slice_costs_more_on_an_empty_gpu_than_on_a_cut_one() -> None:
     fresh = empty(A100)
     cut_up = fresh.add(Slice("1g.10gb", 6))
 
-    assert offers(cut_up, "1g.10gb", DEFAULT_POLICY)[0].price < offers(fresh, "1g.10gb", DEFAULT_POLICY)[0].price
+    assert (
+        offers(cut_up, need("1g.10gb"), DEFAULT_POLICY)[0].price
+        < offers(fresh, need("1g.10gb"), DEFAULT_POLICY)[0].price
+    )
 
 
 def test_all_slices_of_a_gpu_cost_a_gpu() -> None:
@@ -87,7 +99,7 @@ def test_a_better_tier_beats_everything_after_it() -> None:
 @pytest.mark.parametrize(
     ("tiers", "words"),
     [
-        (((("speed", 1),),), "no goal is called speed; there are value, links, numa, repartition"),
+        (((("speed", 1),),), "no goal is called speed; there are value, links, numa, nics, repartition, tenants"),
         (((("value", 1),), (("value", 2),)), "named twice"),
         (((("value", -1),),), "negative"),
     ],
@@ -101,9 +113,9 @@ def test_a_policy_that_makes_no_sense_is_refused(tiers: tuple[tuple[tuple[str, i
 def test_equal_states_are_offered_once_and_the_cheapest_first() -> None:
     """Of the 70 ways to take four of a DGX-1V only different ends are kept."""
     room = read(sample_node("n", "8xV100"))
-    found = offers(room.whole, 4, DEFAULT_POLICY)
+    found = offers(room.host, Demand.of(4).host_need, DEFAULT_POLICY)
 
-    assert len(whole_steps(room.whole, 4)) == 70
+    assert len(host_steps(room.host, Demand.of(4).host_need)) == 70
     assert len(found) < 30
     assert [offer.price for offer in found] == sorted(offer.price for offer in found)
 

@@ -6,20 +6,21 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solver.cluster import Device, Node, Snapshot
+from solver.cluster import Node, Snapshot, Taken
 from solver.demand import Ask, Demand, Problem
 from solver.fits import refusal
 from solver.flow import solve
-from solver.goals import DEFAULT_POLICY, Policy, plain_prices, value
+from solver.goals import DEFAULT_POLICY, Policy, allocation_of, plain_prices
 from solver.plan import Status
 from solver.rank import Ranking, price, quote
 from solver.steps import read
+from solver.values import DEFAULT_VALUES
 from solver.verify import legal_step_exists, verify
 from tests import strategies
 from tests.solver import brute
 
 TIERED = Policy("links first", ((("links", 1), ("numa", 2)), (("value", 3), ("repartition", 1))))
-World = tuple[Node, tuple[Device, ...], Demand]
+World = tuple[Node, tuple[Taken, ...], Demand]
 LAW = settings(max_examples=100, deadline=None)
 
 
@@ -51,10 +52,10 @@ def test_no_legal_placement_on_a_node_is_cheaper_than_the_one_quoted(world: Worl
     if found is None:
         assert least is None
     else:
-        snapshot = Snapshot((node,), {node.name: taken})
+        alone = Problem(Snapshot((node,), {node.name: taken}), (Ask("one", demand),))
         assert policy.total(found.prices) == least
         assert found.devices in set(brute.placements(node, taken, demand))
-        assert found.prices == plain_prices(snapshot, found)
+        assert found.prices == plain_prices(alone, "one", found, policy.values)
 
 
 @given(st.booleans().flatmap(node_and_demand))
@@ -92,8 +93,10 @@ def test_a_plan_with_coupled_asks_is_legal_and_leaves_nothing_that_fits(problem:
     problem = replace(problem, asks=asks)
     plan = solve(problem)
     taken = {name: list(devices) for name, devices in problem.snapshot.taken.items()}
-    for placement in plan.placements.values():
-        taken[placement.node].extend(placement.devices)
+    for ask in asks:
+        placement = plan.placements.get(ask.id)
+        if placement is not None:
+            taken[placement.node].append(allocation_of(ask.demand, placement))
     after = Snapshot(problem.snapshot.nodes, {name: tuple(devices) for name, devices in taken.items()})
 
     assert verify(problem, plan) == []
@@ -143,8 +146,9 @@ def test_a_pod_that_is_removed_and_placed_again_costs_the_same(world: World) -> 
     if first is None:
         return
     before = read(node, taken)
-    after = read(node, (*taken, *first.devices))
-    given_up = value(before.whole) - value(after.whole)
+    after = read(node, (*taken, allocation_of(demand, first)))
+    value = DEFAULT_VALUES.of
+    given_up = value(before.host) - value(after.host)
     given_up += sum(value(cut) for _, cut in before.cuts) - sum(value(cut) for _, cut in after.cuts)
 
     assert dict(first.prices)["value"] == given_up
@@ -156,7 +160,7 @@ def test_a_pod_that_is_removed_and_placed_again_costs_the_same(world: World) -> 
 def test_the_tables_are_what_a_fresh_look_would_give_after_any_changes(data: st.DataObject) -> None:
     """Puts and removals in any order; each changes its own node's entries only."""
     ranking = Ranking()
-    world: dict[str, tuple[Node, tuple[Device, ...]]] = {}
+    world: dict[str, tuple[Node, tuple[Taken, ...]]] = {}
     known: list[Demand] = []
     for _ in range(data.draw(st.integers(1, 8))):
         name = data.draw(st.sampled_from("abc"))

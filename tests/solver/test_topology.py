@@ -6,6 +6,7 @@ import pytest
 
 from solver.cluster import Device, Node
 from solver.demand import Demand
+from solver.geometry import Kind
 from solver.rank import quote
 from solver.samples import KINDS, sample_node
 from solver.steps import read
@@ -91,8 +92,8 @@ def test_l40s_are_chosen_by_switch_then_socket() -> None:
 
 def test_states_of_an_nvswitch_board_are_counts_per_numa_node() -> None:
     """Nine times nine sets of free GPUs are fifteen states."""
-    wiring = read(sample_node("n", "8xH100")).whole.board
-    states = {canonical(wiring, (a, b)) for a in range(5) for b in range(5)}
+    wiring = read(sample_node("n", "8xH100")).host.board
+    states = {canonical(wiring, ((a, ()), (b, ()))) for a in range(5) for b in range(5)}
 
     assert wiring.classes == ((0, 1, 2, 3), (4, 5, 6, 7))
     assert len(states) == 15
@@ -100,7 +101,7 @@ def test_states_of_an_nvswitch_board_are_counts_per_numa_node() -> None:
 
 def test_states_of_a_dgx_1v_are_sets_up_to_symmetry() -> None:
     """No two GPUs are interchangeable, but the board has mirror images."""
-    wiring = read(sample_node("n", "8xV100")).whole.board
+    wiring = read(sample_node("n", "8xV100")).host.board
 
     assert len(wiring.classes) == 8
     assert len(wiring.symmetries) == symmetries_by_brute_force(sample_node("n", "8xV100"))
@@ -124,7 +125,7 @@ def test_a_large_board_that_is_all_different_is_served_without_trying_every_set(
     links = tuple(
         tuple(0 if a == b else 20 + (min(a, b) * 7 + max(a, b) * 13) % 97 for b in range(size)) for a in range(size)
     )
-    wiring = board(links, tuple(range(size)), ("x",) * size)
+    wiring = board(links, tuple(range(size)), (Kind("x"),) * size)
     sets = subsets(wiring, everything(wiring), 8)
 
     assert len(wiring.classes) == size
@@ -136,7 +137,7 @@ def test_a_large_board_that_is_all_different_is_served_without_trying_every_set(
 def test_sixteen_alike_are_a_count() -> None:
     """A DGX-2 is no harder than a board of two."""
     wiring = board(
-        tuple(tuple(0 if a == b else 300 for b in range(16)) for a in range(16)), (0,) * 8 + (1,) * 8, ("x",) * 16
+        tuple(tuple(0 if a == b else 300 for b in range(16)) for a in range(16)), (0,) * 8 + (1,) * 8, (Kind("x"),) * 16
     )
 
     assert len(wiring.classes) == 2
@@ -147,5 +148,5 @@ def test_a_gpu_in_mig_mode_is_not_part_of_the_board() -> None:
     """It has no peer-to-peer, so its row of the link matrix means nothing."""
     node = sample_node("n", "8xA100-mig2")
 
-    assert read(node).whole.board.size == 6
+    assert read(node).host.board.size == 6
     assert quote(node, (), Demand.of(7)) is None
