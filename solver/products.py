@@ -8,14 +8,15 @@ nvidia-smi listings, go-nvml and mig-parted). Seen in listings: A30, A100, H100-
 The other boards of eight units share ids and shapes of that family, and their placements and engines are
 inferred from it. Memory of a profile is what nvidia-smi printed where a listing was found, otherwise 95 % of
 what the name says.
-Boards without MIG, NVML names and compute capabilities are from general knowledge.
+Boards without MIG, NVML names, compute capabilities and power limits (watts, the highest that the data sheet of
+the form named gives) are from general knowledge.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from solver.geometry import Geometry, Profile
+from solver.geometry import Geometry, Kind, Profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,13 @@ class Product:
     compute_capability: str
     memory_mib: int
     geometry: Geometry | None = None
+    watts: int = 0
+
+    @property
+    def kind(self) -> Kind:
+        """What a GPU of this model is."""
+        capability = tuple(map(int, self.compute_capability.split(".")))
+        return Kind(self.name, self.architecture, capability, self.memory_mib, self.watts)
 
 
 def _engines(decoder: int = 0, encoder: int = 0, jpeg: int = 0, ofa: int = 0) -> tuple[tuple[str, int], ...]:
@@ -104,12 +112,12 @@ _H100_94 = _eight_units("12 24 47 94", (10875, 22016, 47227, 94843))
 _H200 = _eight_units("18 35 71 141", (16384, 33024, 71168, 143104))
 
 PRODUCTS = (
-    Product("A30-24", "NVIDIA A30", "ampere", "8.0", 24576, _A30),
-    Product("A100-40", "NVIDIA A100-SXM4-40GB", "ampere", "8.0", 40960, _A100_40),
-    Product("A100-80", "NVIDIA A100-SXM4-80GB", "ampere", "8.0", 81920, _A100_80),
-    Product("A100-80-PCIE", "NVIDIA A100 80GB PCIe", "ampere", "8.0", 81920, _A100_80),
-    Product("H100-80", "NVIDIA H100 80GB HBM3", "hopper", "9.0", 81559, _H100_80),
-    Product("H100-94", "NVIDIA H100 NVL", "hopper", "9.0", 95830, _H100_94),
+    Product("A30-24", "NVIDIA A30", "ampere", "8.0", 24576, _A30, watts=165),
+    Product("A100-40", "NVIDIA A100-SXM4-40GB", "ampere", "8.0", 40960, _A100_40, watts=400),
+    Product("A100-80", "NVIDIA A100-SXM4-80GB", "ampere", "8.0", 81920, _A100_80, watts=400),
+    Product("A100-80-PCIE", "NVIDIA A100 80GB PCIe", "ampere", "8.0", 81920, _A100_80, watts=300),
+    Product("H100-80", "NVIDIA H100 80GB HBM3", "hopper", "9.0", 81559, _H100_80, watts=700),
+    Product("H100-94", "NVIDIA H100 NVL", "hopper", "9.0", 95830, _H100_94, watts=400),
     Product(
         "GH200-96",
         "NVIDIA GH200 480GB",
@@ -117,6 +125,7 @@ PRODUCTS = (
         "9.0",
         97871,
         _eight_units("12 24 48 96", (11264, 23552, 47616, 95232)),
+        watts=700,
     ),
     Product(
         "GH200-144",
@@ -125,11 +134,12 @@ PRODUCTS = (
         "9.0",
         147456,
         _eight_units("18 36 72 144", (17920, 36096, 70041, 140083)),
+        watts=700,
     ),
-    Product("H200-141", "NVIDIA H200", "hopper", "9.0", 143771, _H200),
-    Product("H200-141-NVL", "NVIDIA H200 NVL", "hopper", "9.0", 143771, _H200),
-    Product("H20-96", "NVIDIA H20", "hopper", "9.0", 97871, _eight_units("12 24 48 96")),
-    Product("H20-141", "NVIDIA H20-3e", "hopper", "9.0", 143771, _eight_units("18 35 71 141")),
+    Product("H200-141", "NVIDIA H200", "hopper", "9.0", 143771, _H200, watts=700),
+    Product("H200-141-NVL", "NVIDIA H200 NVL", "hopper", "9.0", 143771, _H200, watts=600),
+    Product("H20-96", "NVIDIA H20", "hopper", "9.0", 97871, _eight_units("12 24 48 96"), watts=400),
+    Product("H20-141", "NVIDIA H20-3e", "hopper", "9.0", 143771, _eight_units("18 35 71 141"), watts=400),
     Product(
         "B200-180",
         "NVIDIA B200",
@@ -137,6 +147,7 @@ PRODUCTS = (
         "10.0",
         183359,
         _eight_units("23 45 90 180", (22528, 45312, 87552, 175104)),
+        watts=1000,
     ),
     Product(
         "GB200-186",
@@ -145,10 +156,11 @@ PRODUCTS = (
         "10.0",
         189471,
         _eight_units("23 47 93 186", (22528, 46592, 90470, 180940)),
+        watts=1200,
     ),
-    Product("GB200-189", "NVIDIA GB200", "blackwell", "10.0", 193536, _eight_units("24 47 95 189")),
-    Product("B300-269", "NVIDIA B300", "blackwell", "10.3", 275456, _eight_units("34 67 135 269")),
-    Product("GB300-278", "NVIDIA GB300", "blackwell", "10.3", 284672, _eight_units("35 70 139 278")),
+    Product("GB200-189", "NVIDIA GB200", "blackwell", "10.0", 193536, _eight_units("24 47 95 189"), watts=1200),
+    Product("B300-269", "NVIDIA B300", "blackwell", "10.3", 275456, _eight_units("34 67 135 269"), watts=1100),
+    Product("GB300-278", "NVIDIA GB300", "blackwell", "10.3", 284672, _eight_units("35 70 139 278"), watts=1400),
     Product(
         "RTXPRO6000-96",
         "NVIDIA RTX PRO 6000 Blackwell Server Edition",
@@ -156,14 +168,17 @@ PRODUCTS = (
         "12.0",
         97887,
         _RTX_PRO_6000,
+        watts=600,
     ),
-    Product("RTXPRO5000-48", "NVIDIA RTX PRO 5000 Blackwell", "blackwell", "12.0", 49152),  # placements unknown
-    Product("V100-32", "Tesla V100-SXM2-32GB", "volta", "7.0", 32768),
-    Product("T4-16", "Tesla T4", "turing", "7.5", 15360),
-    Product("A10-24", "NVIDIA A10", "ampere", "8.6", 23028),
-    Product("A40-48", "NVIDIA A40", "ampere", "8.6", 46068),
-    Product("L4-24", "NVIDIA L4", "ada", "8.9", 23034),
-    Product("L40S-48", "NVIDIA L40S", "ada", "8.9", 46068),
+    Product(
+        "RTXPRO5000-48", "NVIDIA RTX PRO 5000 Blackwell", "blackwell", "12.0", 49152, watts=300
+    ),  # placements unknown
+    Product("V100-32", "Tesla V100-SXM2-32GB", "volta", "7.0", 32768, watts=300),
+    Product("T4-16", "Tesla T4", "turing", "7.5", 15360, watts=70),
+    Product("A10-24", "NVIDIA A10", "ampere", "8.6", 23028, watts=150),
+    Product("A40-48", "NVIDIA A40", "ampere", "8.6", 46068, watts=300),
+    Product("L4-24", "NVIDIA L4", "ada", "8.9", 23034, watts=72),
+    Product("L40S-48", "NVIDIA L40S", "ada", "8.9", 46068, watts=350),
 )
 
 

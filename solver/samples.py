@@ -131,6 +131,9 @@ def sample_node(name: str, kind: str) -> Node:
             memory_mib=model.memory_mib,
             numa=shape.numa[index],
             geometry=model.geometry if index >= size - in_mig_mode else None,
+            architecture=model.architecture,
+            compute_capability=model.kind.compute_capability,
+            watts=model.watts,
         )
         for index in range(size)
     )
