@@ -32,12 +32,14 @@ from solver.cluster import GPU_MILLI, Allocation, Device, Gpu, Taken
 from solver.demand import Ask, Demand, HostNeed, Problem, SliceNeed
 from solver.fits import refusal
 from solver.geometry import Cut
-from solver.goals import DEFAULT_POLICY, Offer, Policy, Prices, allocation_of, offers, prices_of
+from solver.goals import DEFAULT_POLICY, Offer, Policy, Prices, allocation_of, offers, prices_of, steps_of
 from solver.pack import is_one_slice
 from solver.plan import Placement, Plan, Status, Unplaced
 from solver.program import Limits, Program, Terms
 from solver.rank import Ranking
 from solver.steps import Host, Room, State, Step, read
+from solver.topology import Counts
+from solver.values import Values
 
 STATES = 20_000
 """States that are looked at. Ordinary boards have tens to hundreds; sixteen GPUs that are all wired
@@ -126,6 +128,7 @@ class _Books:
         self.policy = policy
         self.placed: dict[str, Placement] = {}
         self.added: dict[str, list[Allocation]] = {}
+        self.hosts: dict[str, Host] = {}
         self._nodes = {node.name: node for node in problem.snapshot.nodes}
         self._order = {node.name: i for i, node in enumerate(problem.snapshot.nodes)}
         self._ranking: Ranking | None = None
@@ -231,7 +234,6 @@ class _Unit:
 
     room: Room
     gpu: Gpu | None = None
-    host: Host | None = None
     free: list[list[Gpu]] = field(default_factory=list)
 
 
@@ -278,7 +280,11 @@ def _network(books: _Books, rooms: Sequence[Room], asks: Sequence[Ask]) -> _Netw
     demands = sorted(pending)
     counts = [len(pending[demand]) for demand in demands]
     sizes = [(d, demand.host_need) for d, demand in enumerate(demands) if demand.gpus]
-    profiles = [(d, demand.slice_need(demand.slices[0][0])) for d, demand in enumerate(demands) if demand.slices]
+    profiles = [
+        (d, demand.slice_need(demand.slices[0][0]), demand.host_need)
+        for d, demand in enumerate(demands)
+        if demand.slices
+    ]
 
     numbers: dict[Hashable, int] = {}
     states: list[State] = []
@@ -295,15 +301,17 @@ def _network(books: _Books, rooms: Sequence[Room], asks: Sequence[Ask]) -> _Netw
     for room in rooms:
         if sizes and any(room.host.idle):
             free = [list(gpus) for gpus in room.idle_gpus]
-            units[number(room.state.host)].append(_Unit(room, host=room.host, free=free))
-        if profiles:
+            units[number(room.state.host)].append(_Unit(room, free=free))
+        if profiles and steps_of(room.host, profiles[0][2]):
             for gpu, cut in room.cuts:
                 units[number(cut)].append(_Unit(room, gpu=gpu))
 
     arcs: list[list[_Arc]] = []
     while len(arcs) < len(states) <= STATES:
         state = states[len(arcs)]
-        parts: Iterable[tuple[int, HostNeed | SliceNeed]] = profiles if isinstance(state, Cut) else sizes
+        parts: Iterable[tuple[int, HostNeed | SliceNeed]] = (
+            [(d, need) for d, need, _ in profiles] if isinstance(state, Cut) else sizes
+        )
         arcs.append(
             [
                 _Arc(d, number(offer.step.after), offer)
@@ -522,41 +530,63 @@ def _digits(policy: Policy) -> list[int]:
 
 
 def _walk(network: _Network, taken: Sequence[tuple[int, Bundle, int]], books: _Books) -> None:
-    """Send units on the courses chosen; each step gives the next ask of its demand real devices."""
+    """Send units on the courses chosen; each step gives the next ask of its demand real devices.
+
+    Prices are those of the very states: the units of one node share its host, and who comes first opens it.
+    """
     waiting = [deque(asks) for asks in network.asks]
     resting = [deque(units) for units in network.units]
-    prices: dict[Offer, Prices] = {}
     for start, bundle, times in taken:
         arcs = list(_arcs_of(network, start, bundle)) if times else []
         for _ in range(times):
             unit = resting[start].popleft()
+            name = unit.room.node.name
             for arc in arcs:
                 ask = waiting[arc.demand].popleft()
-                devices = _take(unit, arc, ask.demand, books.policy)
-                if arc.offer not in prices:
-                    prices[arc.offer] = prices_of((arc.offer.step,), books.policy.values)
-                books.place(ask, Placement(unit.room.node.name, devices, prices[arc.offer]))
+                before = books.hosts.get(name, unit.room.host)
+                if unit.gpu is not None:
+                    on_host = _first_step(before, ask.demand.host_need)
+                    steps: tuple[Step, ...] = (on_host, arc.offer.step)
+                    devices: tuple[Device, ...] = (Device(unit.gpu.uuid, arc.offer.step.slice),)
+                else:
+                    after = arc.offer.step.after
+                    assert isinstance(after, Host)
+                    on_host = _step_to(before, ask.demand.host_need, after.canonical(), books.policy)
+                    steps, devices = (on_host,), _take(unit, on_host)
+                assert isinstance(on_host.after, Host)
+                books.hosts[name] = on_host.after
+                books.place(ask, Placement(name, devices, _prices_of(steps, books.policy.values)))
 
 
-def _take(unit: _Unit, arc: _Arc, demand: Demand, policy: Policy) -> tuple[Device, ...]:
-    """Real devices for a step: the very slice on a GPU; on a board the GPUs that lead to a state like it."""
-    if unit.gpu is not None:
-        return (Device(unit.gpu.uuid, arc.offer.step.slice),)
-    after = arc.offer.step.after
-    assert unit.host is not None
-    assert isinstance(after, Host)
-    step = _step_to(unit.host, demand.host_need, after.canonical(), policy)
+def _take(unit: _Unit, step: Step) -> tuple[Device, ...]:
+    """Real devices for a step on a node's whole GPUs."""
     devices = []
     for free, count in zip(unit.free, step.take, strict=True):
         devices += [Device(gpu.uuid) for gpu in free[:count]]
         del free[:count]
-    assert isinstance(step.after, Host)
-    unit.host = step.after
     return tuple(sorted(devices))
 
 
 @lru_cache(maxsize=65536)
+def _prices_of(steps: tuple[Step, ...], values: Values) -> Prices:
+    return prices_of(steps, values)
+
+
+@lru_cache(maxsize=65536)
+def _first_step(state: Host, need: HostNeed) -> Step:
+    found = steps_of(state, need)[0]
+    assert isinstance(found, Step)
+    return found
+
+
+@lru_cache(maxsize=65536)
 def _step_to(state: Host, need: HostNeed, after: Host, policy: Policy) -> Step:
-    """The cheapest step from this very state to one like `after`."""
+    """The cheapest step from this very state to one with the GPUs free that `after` has."""
     steps = [offer.step for offer in offers(state, need, policy)]
-    return next(step for step in steps if isinstance(step.after, Host) and step.after.canonical() == after)
+    wanted = (after.idle, after.shared)
+    return next(step for step in steps if isinstance(step.after, Host) and _free_of(step.after) == wanted)
+
+
+def _free_of(state: Host) -> tuple[Counts, object]:
+    found = state.canonical()
+    return found.idle, found.shared
