@@ -91,7 +91,7 @@ class Extender:
         if isinstance(pod.ask, Malformed):
             self._refused(pod, pod.ask.reason)
             return Filtered(unresolvable=dict.fromkeys(args.names, pod.ask.reason))
-        if not pod.ask:
+        if not pod.ask.takes_devices:
             return Filtered(fitting=args.names)
         hold = self._ledger.get(pod.ref.uid)
         if hold is not None and hold.firm:
@@ -152,7 +152,7 @@ class Extender:
     def prioritize(self, args: Args) -> list[tuple[str, int]]:
         """Scores: 1000 × the rank of the price (the cheapest highest), plus 1 for our first choice."""
         pod = self._pod(args.pod)
-        if isinstance(pod, NotNow) or isinstance(pod.ask, Malformed) or not pod.ask:
+        if isinstance(pod, NotNow) or isinstance(pod.ask, Malformed) or not pod.ask.takes_devices:
             return []
         priced = self._offers.priced(pod.ask, args.names, self._until_deadline(), uid=pod.ref.uid)
         scores = _scores(priced.promised, first_rank=1)
@@ -182,7 +182,7 @@ class Extender:
         pod = self._pod(args.pod)
         if isinstance(pod, NotNow) or isinstance(pod.ask, Malformed):
             return {}
-        if not pod.ask:
+        if not pod.ask.takes_devices:
             return dict(args.victims)
         demand = pod.ask
         return {
@@ -247,7 +247,7 @@ class Extender:
         assert isinstance(pod.ask, Demand)
         if pod.node == args.node:
             return ""
-        if not pod.ask:
+        if not pod.ask.takes_devices:
             return await self._bind_without_devices(args, latest)
         hold = self._ledger.get(pod.ref.uid)
         if hold is not None and hold.phase is Phase.HELD and hold.node == args.node:

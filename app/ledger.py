@@ -61,7 +61,7 @@ class Hold:
     @property
     def unknown(self) -> bool:
         """Whether it holds devices that nobody can name yet."""
-        return self.firm and not self.devices and bool(self.demand)
+        return self.firm and not self.devices and self.demand.takes_devices
 
 
 class Ledger:

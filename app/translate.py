@@ -5,32 +5,45 @@ Profiles are spelled as Kubernetes resources spell them ('+' becomes '.'), becau
 a pod can ask in: `1g.10gb+me` is `1g.10gb.me` here and in the placement annotation.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from decimal import Decimal
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
 
+from app.quantities import mib, milli, quantity, version
 from solver import Demand, Device, Slice
+from solver.cluster import GPU_MILLI
+from solver.demand import Terms
+from solver.guests import NOBODY, Guest
 
 GPU_RESOURCE = "nvidia.com/gpu"
 MIG_RESOURCE_PREFIX = "nvidia.com/mig-"
 OUR_PREFIX = "tangram.gpu/"
-SHARE_RESOURCE = "tangram.gpu/share"
+SHARE_RESOURCE = "tangram.gpu/share"  # MiB of one GPU's memory
+SHARE_MILLI_RESOURCE = "tangram.gpu/share-milli"  # thousandths of one GPU
 ASK_RESOURCE = "tangram.gpu/ask"
+
+PRODUCT = "tangram.gpu/product"
+ARCHITECTURE = "tangram.gpu/architecture"
+COMPUTE_CAPABILITY = "tangram.gpu/compute-capability"
+GPU_MEMORY = "tangram.gpu/gpu-memory"
+LINK = "tangram.gpu/link"
+DRIVER = "tangram.gpu/driver"
+CUDA = "tangram.gpu/cuda"
+TENANT = "tangram.gpu/tenant"
+ISOLATION = "tangram.gpu/isolation"
+WORKLOAD = "tangram.gpu/workload"
 PLACEMENT_ANNOTATION = "tangram.gpu/placement"
 WAKE_ANNOTATION = "tangram.gpu/wake"
 
 PLACEMENT_VERSION = 1
 DEFAULT_GRACE_SECONDS = 30.0  # Kubernetes' own default of terminationGracePeriodSeconds
 
-_SUFFIXES = {
-    "": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18,
-    "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50, "Ei": 2**60,
-}  # fmt: skip
 EVERY_PROFILE = "*"  # no profile has this name: it stands for "whatever it is"
 MOST_DEVICES = 1024  # more than any node has; a larger count is a mistake and would only cost time
+LARGEST_COUNT = 2**31
 
 Json = Mapping[str, Any]
 
@@ -84,11 +97,12 @@ class Pod:
     grace_seconds: float = DEFAULT_GRACE_SECONDS
     resource_version: str = ""
     written: Written | Malformed | None = None
+    priority: int = 0
 
     @property
     def concerns_us(self) -> bool:
         """Whether it asks for what we place, or carries a placement."""
-        return isinstance(self.ask, Malformed) or bool(self.need) or self.written is not None
+        return isinstance(self.ask, Malformed) or self.need.takes_devices or self.written is not None
 
 
 def pod_of(pod: Json) -> Pod:
@@ -100,20 +114,27 @@ def pod_of(pod: Json) -> Pod:
     annotations = meta.get("annotations") or {}
     if not isinstance(annotations, Mapping):
         raise ValueError("metadata.annotations is not an object")
-    need = need_of(spec)
+    need, wrong = need_of(spec)
+    terms = terms_of(annotations, ref.namespace)
+    guest = NOBODY if isinstance(terms, Malformed) else terms.guest
     grace = _seconds(spec.get("terminationGracePeriodSeconds"), DEFAULT_GRACE_SECONDS)
     longer = _seconds(meta.get("deletionGracePeriodSeconds"), 0.0)  # whoever deletes may give it more time
     return Pod(
         ref=ref,
-        ask=ask_of(spec, annotations, need),
-        need=EVERYTHING if isinstance(need, Malformed) else need,
+        ask=wrong or (terms if isinstance(terms, Malformed) else _on(terms, need)),
+        need=_on(Terms(guest=guest), need),
         node=spec.get("nodeName") or "",
         finished=isinstance(status, Mapping) and _ended(status),
         terminating=meta.get("deletionTimestamp") is not None,
         grace_seconds=max(grace, longer),
         resource_version=meta.get("resourceVersion") or "",
         written=read_placement(annotations.get(PLACEMENT_ANNOTATION)),
+        priority=_whole(spec.get("priority")),
     )
+
+
+def _on(terms: Terms, need: Demand) -> Demand:
+    return need if terms == NO_TERMS else replace(need, terms=terms)
 
 
 def _ended(status: Json) -> bool:
@@ -135,36 +156,158 @@ def _seconds(value: object, otherwise: float) -> float:
     return float(value) if isinstance(value, int | float) else otherwise
 
 
-def ask_of(spec: Json, annotations: Json, need: Demand | Malformed) -> Demand | Malformed:
-    """What the pod asks of us: its need, unless it asks in a way that we do not know."""
-    for name in annotations:
-        if name.startswith(OUR_PREFIX) and name != PLACEMENT_ANNOTATION:
-            return Malformed(f"annotation {name} is not one that this version of Tangram knows")
-    if isinstance(need, Malformed):
-        return need
-    if need.gpus and any(SHARE_RESOURCE in _resources(each) for each in _all_containers(spec)):
-        return Malformed(f"{SHARE_RESOURCE}: shares of a GPU are not served by this version of Tangram")
-    devices = need.gpus + sum(count for _, count in need.slices)
-    if devices > MOST_DEVICES:
-        return Malformed(f"asks for {devices} devices; no node has more than {MOST_DEVICES}")
-    return need
+def _whole(value: object) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
-def need_of(spec: Json) -> Demand | Malformed:
-    """The devices that the pod's resources count: per resource, the most that it needs at any one time.
+# -- what it needs ------------------------------------------------------------------------------------------
+
+
+def need_of(spec: Json) -> tuple[Demand, Malformed | None]:
+    """What the pod's resources count, per resource the most that it needs at any one time; and what is wrong.
 
     Init containers run one after another, except that sidecars (init containers with restartPolicy Always)
     stay: the need is the largest of (each init container + the sidecars before it) and (all containers + all
-    sidecars), as Kubernetes itself counts. A share of a GPU, which we do not serve, counts as a GPU.
+    sidecars), as Kubernetes itself counts, and of CPU and memory also the pod's overhead.
     (https://kubernetes.io/docs/concepts/workloads/pods/init-containers/#resource-sharing-within-containers,
     https://kubernetes.io/docs/concepts/workloads/pods/sidecar-containers/#resource-sharing-within-containers).
+
+    A bound pod needs something whatever is wrong with its ask: where its devices cannot be read everything of
+    its node, and for a share that is none a whole GPU.
     """
     try:
-        need = _most_at_once(spec)
+        devices = _most_at_once(spec, _devices)
     except ValueError as error:
-        return Malformed(str(error))
-    gpus = need.pop(GPU_RESOURCE, 0) + bool(need.pop(SHARE_RESOURCE, 0))
-    return Demand(gpus, tuple(sorted((name.removeprefix(MIG_RESOURCE_PREFIX), n) for name, n in need.items())))
+        return EVERYTHING, Malformed(str(error))
+    try:
+        host, wrong = _host(spec), None
+    except ValueError as error:
+        host, wrong = {}, Malformed(str(error)) if devices else None
+    gpus = devices.pop(GPU_RESOURCE, 0)
+    share_mib, share_milli = devices.pop(SHARE_RESOURCE, 0), devices.pop(SHARE_MILLI_RESOURCE, 0)
+    slices = tuple(sorted((name.removeprefix(MIG_RESOURCE_PREFIX), n) for name, n in devices.items()))
+    no_share = _no_share(gpus + len(slices), share_mib, share_milli)
+    if no_share:
+        gpus, share_mib, share_milli = gpus + max(1, -(-share_milli // GPU_MILLI)), 0, 0
+    count = gpus + sum(n for _, n in slices)
+    if count > MOST_DEVICES:
+        wrong = Malformed(f"asks for {count} devices; no node has more than {MOST_DEVICES}")
+    cpu, memory = host.get("cpu", 0), host.get("memory", 0)
+    return Demand(gpus, slices, share_milli, share_mib, cpu, memory), no_share or wrong
+
+
+def _no_share(others: int, share_mib: int, share_milli: int) -> Malformed | None:
+    """What is wrong with a share, if one is asked for."""
+    if share_mib and share_milli:
+        return Malformed(f"asks for {SHARE_RESOURCE} and {SHARE_MILLI_RESOURCE}; a share is said in one of them")
+    if share_milli >= GPU_MILLI:
+        return Malformed(
+            f"{SHARE_MILLI_RESOURCE}: {share_milli} thousandths are not a share of one GPU; ask for 1 to 999 in all "
+            f"containers together, or for whole ones as {GPU_RESOURCE}"
+        )
+    if (share_mib or share_milli) and others:
+        what = SHARE_RESOURCE if share_mib else SHARE_MILLI_RESOURCE
+        return Malformed(f"asks for {what} beside whole GPUs or MIG slices; a pod gets one or the other")
+    return None
+
+
+def _host(spec: Json) -> dict[str, int]:
+    """Requests of CPU (milli) and memory (MiB): those of the whole pod where it names them, and its overhead."""
+    resources = _mapping(spec.get("resources"), "spec.resources")
+    own = _read(_mapping(resources.get("requests"), "spec.resources.requests"))
+    overhead = _read(_mapping(spec.get("overhead"), "spec.overhead"))
+    return _add({**_most_at_once(spec, _requests), **own}, overhead)
+
+
+# -- on what terms ------------------------------------------------------------------------------------------
+
+
+def terms_of(annotations: Json, namespace: str) -> Terms | Malformed:
+    """What the pod's annotations say. One of ours that we do not know, or cannot read, is refused in words.
+
+    A pod that wants to be apart and names no tenant is one of its namespace's.
+    """
+    said: dict[str, Any] = {}
+    for name, text in annotations.items():
+        if not name.startswith(OUR_PREFIX) or name == PLACEMENT_ANNOTATION:
+            continue
+        if name not in TERMS:
+            return Malformed(f"annotation {name} is not one that this version of Tangram knows")
+        read, right = TERMS[name]
+        try:
+            if not isinstance(text, str):
+                raise ValueError("not text")
+            said[name] = read(text.strip())
+        except ValueError:
+            return Malformed(f"annotation {name}: {_short(text)} cannot be read; {right}")
+    if not said:
+        return NO_TERMS
+    isolation = said.get(ISOLATION, "")
+    tenant = said.get(TENANT, namespace if isolation else "")
+    return Terms(
+        products=said.get(PRODUCT, ()),
+        architectures=said.get(ARCHITECTURE, ()),
+        compute_capability=said.get(COMPUTE_CAPABILITY, ()),
+        gpu_memory_mib=said.get(GPU_MEMORY, 0),
+        nvlink=LINK in said,
+        driver=said.get(DRIVER, ()),
+        cuda=said.get(CUDA, ()),
+        guest=Guest(tenant, said.get(WORKLOAD, ""), isolation),
+    )
+
+
+NO_TERMS = Terms()
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(any(letter.isalnum() for letter in name) for name in names):
+        raise ValueError(text)
+    return tuple(sorted(set(names)))
+
+
+def _device_memory(text: str) -> int:
+    if quantity(text) < 2**20:
+        raise ValueError(text)
+    return mib(text)
+
+
+def _tenant(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", text, re.ASCII):
+        raise ValueError(text)
+    return text
+
+
+def _one_of(**meanings: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in meanings:
+            raise ValueError(text)
+        return meanings[text]
+
+    return read
+
+
+TERMS: Mapping[str, tuple[Callable[[str], Any], str]] = {
+    PRODUCT: (_names, "name one or more GPU models with commas between them, as H100 or A100 80GB, L40S"),
+    ARCHITECTURE: (_names, "name one or more architectures with commas between them, as Hopper, Ada"),
+    COMPUTE_CAPABILITY: (version, "say the least that will do, as 9.0"),
+    GPU_MEMORY: (_device_memory, "say the least that each device must have, with its unit, as 40Gi"),
+    LINK: (_one_of(nvlink="nvlink"), "the one link that can be asked for is nvlink"),
+    DRIVER: (version, "say the oldest driver that will do, as 550.54"),
+    CUDA: (version, "say the CUDA version that the pod was built with, as 12.4"),
+    TENANT: (_tenant, "a tenant is a name of at most 63 letters, digits, dots, dashes and underscores"),
+    ISOLATION: (_one_of(none="", gpu="gpu", node="node"), "it is none, gpu or node"),
+    WORKLOAD: (_one_of(training="training", batch="batch", serving="serving"), "it is training, batch or serving"),
+}
+"""Each annotation of a pod's terms: how it is read, and what would be right."""
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# -- names --------------------------------------------------------------------------------------------------
 
 
 def resource_of_profile(profile: str) -> str:
@@ -201,35 +344,44 @@ def read_placement(text: object) -> Written | Malformed | None:
 
 
 def device_of(text: object) -> Device:
-    """Read `GPU-…` or `GPU-…/3g.40gb@4`. Raises ValueError."""
+    """Read `GPU-…`, `GPU-…/3g.40gb@4` or `GPU-…:250m`. Raises ValueError."""
     if not isinstance(text, str) or not text:
         raise ValueError(f"not a device: {text!r}")
     gpu, slash, rest = text.partition("/")
     if not slash:
-        return Device(gpu)
+        return _share_of(text) if ":" in text else Device(gpu)
     profile, at, start = rest.rpartition("@")
     if not (gpu and profile and at and start.isascii() and start.isdigit()):
         raise ValueError(f"not a device: {text!r}")
     return Device(gpu, Slice(profile, int(start)))
 
 
-def _most_at_once(spec: Json) -> dict[str, int]:
+def _share_of(text: str) -> Device:
+    gpu, _, share = text.rpartition(":")
+    digits = share.removesuffix("m")
+    if not gpu or digits == share or not (digits.isascii() and digits.isdigit() and len(digits) <= 3 and int(digits)):
+        # a whole GPU is written without a share
+        raise ValueError(f"not a device: {text!r}")
+    return Device(gpu, milli=int(digits))
+
+
+# -- containers and their resources ---------------------------------------------------------------------------
+
+
+def _most_at_once(spec: Json, read: Callable[[Json], dict[str, int]]) -> dict[str, int]:
+    """The most that the pod has at any one time, of what `read` finds on a container."""
     running: dict[str, int] = {}
     most: dict[str, int] = {}
     for container in _containers(spec, "initContainers"):
-        own = _resources(container)
+        own = read(container)
         if container.get("restartPolicy") == "Always":
             running = _add(running, own)
             most = _max(most, running)
         else:
             most = _max(most, _add(running, own))
     for container in _containers(spec, "containers"):
-        running = _add(running, _resources(container))
+        running = _add(running, read(container))
     return {name: count for name, count in _max(most, running).items() if count}
-
-
-def _all_containers(spec: Json) -> Sequence[Json]:
-    return [*_containers(spec, "initContainers"), *_containers(spec, "containers")]
 
 
 def _containers(spec: Json, field: str) -> Sequence[Json]:
@@ -239,35 +391,64 @@ def _containers(spec: Json, field: str) -> Sequence[Json]:
     return containers
 
 
-def _resources(container: Json) -> dict[str, int]:
+def _devices(container: Json) -> dict[str, int]:
+    """How many of each of our resources a container asks for."""
+    return {
+        name: _count(name, amount)
+        for name, amount in _wanted(container).items()
+        if name in _COUNTED or name.startswith(MIG_RESOURCE_PREFIX)
+    }
+
+
+_COUNTED = frozenset({GPU_RESOURCE, SHARE_RESOURCE, SHARE_MILLI_RESOURCE})
+
+
+def _requests(container: Json) -> dict[str, int]:
+    """The CPU (milli) and memory (MiB) that a container requests; a limit without a request is one."""
+    return _read(_wanted(container))
+
+
+def _wanted(container: Json) -> Json:
     resources = container.get("resources") or {}
     if not isinstance(resources, Mapping):
         raise ValueError("a container's resources are not an object")
     limits, requests = resources.get("limits") or {}, resources.get("requests") or {}
     if not isinstance(limits, Mapping) or not isinstance(requests, Mapping):
         raise ValueError("a container's limits or requests are not an object")
-    wanted: dict[str, int] = {}
-    for name, quantity in {**limits, **requests}.items():
-        if name in (GPU_RESOURCE, SHARE_RESOURCE) or name.startswith(MIG_RESOURCE_PREFIX):
-            wanted[name] = _count(name, quantity)
-    return wanted
+    return {**limits, **requests}
 
 
-def _count(name: str, quantity: object) -> int:
-    if isinstance(quantity, int) and not isinstance(quantity, bool):
-        value = Decimal(quantity)
-    elif isinstance(quantity, str):
-        digits = quantity.rstrip("kMGTPEi")
-        try:
-            value = Decimal(digits) * _SUFFIXES[quantity[len(digits) :]]
-        except (ArithmeticError, KeyError):
-            raise ValueError(f"{name}: {quantity!r} is not a quantity") from None
-    else:
-        raise ValueError(f"{name}: {quantity!r} is not a quantity")
-    if not value.is_finite() or value < 0 or value != value.to_integral_value():
-        raise ValueError(f"{name}: {quantity!r} is not a whole number of devices")
-    if value > 2**31:
-        raise ValueError(f"{name}: {quantity!r} is more than any node has")
+def _read(amounts: Json) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for name, unit in (("cpu", milli), ("memory", mib)):
+        if name in amounts:
+            try:
+                found[name] = unit(amounts[name])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+    return found
+
+
+def allocatable_of(node: Json) -> tuple[int, int] | None:
+    """CPU (milli) and memory (MiB) that a v1.Node gives to pods; None where it does not say, or not readably."""
+    status = node.get("status")
+    amounts = status.get("allocatable") if isinstance(status, Mapping) else None
+    try:
+        found = _read(amounts) if isinstance(amounts, Mapping) else {}
+    except ValueError:
+        return None
+    return (found["cpu"], found["memory"]) if len(found) == 2 else None
+
+
+def _count(name: str, amount: object) -> int:
+    try:
+        value = quantity(amount)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if value < 0 or value != value.to_integral_value():
+        raise ValueError(f"{name}: {amount!r} is not a whole number of devices")
+    if value > LARGEST_COUNT:
+        raise ValueError(f"{name}: {amount!r} is more than any node has")
     return int(value)
 
 
@@ -277,6 +458,11 @@ def _add(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
 
 def _max(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
     return {name: max(a.get(name, 0), b.get(name, 0)) for name in {**a, **b}}
+
+
+def _mapping(value: object, field: str) -> Json:
+    """An object that may be missing."""
+    return _object(value or {}, field)
 
 
 def _object(value: object, field: str) -> Json:

@@ -155,7 +155,7 @@ class Truth:
                 self._doubt(pod, "its placement annotation is not what Tangram wrote")
             return
         explained = self._explained(pod)
-        if not pod.need:
+        if not pod.need.takes_devices:
             return
         self._ledger.restore(Hold(pod.ref, pod.node, pod.need, explained or (), Phase.HELD, self._clock()))
         if not explained:
@@ -187,7 +187,7 @@ class Truth:
         """The devices of the pod's annotation if it is one that we could have written for this very pod."""
         wrong = ""
         if pod.written is None:
-            if pod.node and pod.need:
+            if pod.node and pod.need.takes_devices:
                 wrong = "it was not placed by Tangram"
         elif isinstance(pod.written, Malformed):
             wrong = pod.written.reason
@@ -327,12 +327,16 @@ def _seen_idle(entry: Entry, hold: Hold) -> bool:
 
 
 def _meets(devices: Iterable[Device], demand: Demand) -> bool:
-    """Whether the devices are exactly as many of each kind as the demand."""
+    """Whether the devices are exactly as many of each kind as the demand. A share asked for in MiB may be any."""
     gpus = 0
+    shares: list[int] = []
     slices: dict[str, int] = {}
     for device in devices:
-        if device.slice is None:
-            gpus += 1
-        else:
+        if device.slice is not None:
             slices[device.slice.profile] = slices.get(device.slice.profile, 0) + 1
-    return Demand(gpus, tuple(sorted(slices.items()))) == demand
+        elif device.milli:
+            shares.append(device.milli)
+        else:
+            gpus += 1
+    asked_share = len(shares) == demand.is_shared and (not demand.share_milli or shares == [demand.share_milli])
+    return gpus == demand.gpus and asked_share and tuple(sorted(slices.items())) == demand.slices

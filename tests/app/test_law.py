@@ -50,7 +50,7 @@ def failing(error: Exception, *, times: int = 1) -> Any:
 @pytest.mark.parametrize(
     "annotations",
     [
-        {"tangram.gpu/tenant": "x"},
+        {"tangram.gpu/colour": "x"},
         {PLACEMENT_ANNOTATION: '{"v":1,"uid":"u","node":"h1","devices":["GPU-x","GPU-x/1g.10gb@0"]}'},
         {PLACEMENT_ANNOTATION: "nonsense"},
     ],
@@ -68,7 +68,7 @@ async def test_a_placement_is_believed_after_a_restart_although_an_unknown_annot
     world = World({"h1": "8xH100"})
     gpus = world.gpus("h1")
     text = write_placement("uid-p", "h1", [Device(gpus[0])])
-    notes = {"annotations": {PLACEMENT_ANNOTATION: text, "tangram.gpu/tenant": "x"}}
+    notes = {"annotations": {PLACEMENT_ANNOTATION: text, "tangram.gpu/colour": "x"}}
     world.add_pod("p", {GPU: "1"}, metadata=notes, spec={"nodeName": "h1"})
     world.add_pod("q", {GPU: "7"})
     async with world.running():

@@ -8,19 +8,25 @@ from hypothesis import strategies as st
 
 from app.translate import (
     PLACEMENT_ANNOTATION,
+    TERMS,
     Malformed,
     Written,
     device_of,
     pod_of,
     read_placement,
     resource_of_profile,
+    terms_of,
     write_placement,
 )
 from solver import Demand, Device, Slice
+from solver.demand import Terms
+from solver.guests import Guest
 from tests.fakes import pod_json
 
 GPU = "nvidia.com/gpu"
 MIG = "nvidia.com/mig-1g.10gb"
+SHARE = "tangram.gpu/share"
+MILLI = "tangram.gpu/share-milli"
 
 
 def container(**resources: object) -> dict[str, object]:
@@ -83,8 +89,164 @@ def test_an_annotation_of_ours_that_we_do_not_know_is_refused_not_ignored():
     assert "tangram.gpu/lnk" in wrong.reason
 
 
-def test_shares_are_refused_in_words_until_they_are_served():
-    assert isinstance(ask({"containers": [container(**{"tangram.gpu/share": "4096"})]}), Malformed)
+# -- shares -----------------------------------------------------------------------------------------------
+
+
+def test_shares_of_several_containers_add_up_to_one_share():
+    assert ask({"containers": [container(**{SHARE: "4096"}), container(**{SHARE: 1024})]}) == Demand(share_mib=5120)
+    assert ask({"containers": [container(**{MILLI: 250})] * 3}) == Demand(share_milli=750)
+
+
+def test_a_share_of_an_init_container_counts_as_everything_else_does():
+    spec = {"initContainers": [container(**{MILLI: 500})], "containers": [container(**{MILLI: 200})]}
+    assert ask(spec) == Demand(share_milli=500)
+
+
+@pytest.mark.parametrize(
+    ("resources", "words"),
+    [
+        ({SHARE: 1, MILLI: 1}, "said in one of them"),
+        ({MILLI: 1000}, "1 to 999"),
+        ({MILLI: 600, GPU: 1}, "beside whole GPUs"),
+        ({SHARE: 600, MIG: 1}, "beside whole GPUs or MIG slices"),
+        ({SHARE: "0.5"}, "whole number"),
+    ],
+)
+def test_a_share_that_is_none_is_refused_in_words_and_a_bound_pod_still_holds_something(resources, words):
+    pod = pod_of(pod_json("p", resources))
+    assert isinstance(pod.ask, Malformed)
+    assert words in pod.ask.reason
+    assert pod.need.gpus > 0
+
+
+# -- CPU and memory ---------------------------------------------------------------------------------------
+
+
+def requesting(**amounts: object) -> dict[str, object]:
+    return {"name": "c", "resources": {"requests": amounts}}
+
+
+@pytest.mark.parametrize(
+    ("amount", "cpu"), [("100m", 100), ("2", 2000), (2, 2000), ("0.1", 100), ("1e3m", 1000), ("1u", 1), ("2k", 2000000)]
+)
+def test_cpu_is_counted_in_thousandths_rounded_up(amount, cpu):
+    assert ask({"containers": [requesting(cpu=amount)]}) == Demand(cpu_milli=cpu)
+
+
+@pytest.mark.parametrize(
+    ("amount", "memory"),
+    [("1Gi", 1024), ("128974848", 123), ("129e6", 124), ("129M", 124), ("1500m", 1), ("1.5Gi", 1536)],
+)
+def test_memory_is_counted_in_mib_rounded_up(amount, memory):
+    assert ask({"containers": [requesting(memory=amount)]}) == Demand(memory_mib=memory)
+
+
+def test_cpu_and_memory_are_the_most_at_any_one_time_and_the_overhead():
+    """As kube-scheduler counts them: sidecars stay, init containers come one by one, overhead is added."""
+    sidecar = {**requesting(cpu="500m"), "restartPolicy": "Always"}
+    spec = {
+        "initContainers": [requesting(cpu=4), sidecar, requesting(cpu=3, memory="3Gi")],
+        "containers": [requesting(cpu=1, memory="1Gi"), requesting(cpu=1, memory="1Gi")],
+        "overhead": {"cpu": "250m", "memory": "64Mi"},
+    }
+    assert ask(spec) == Demand(cpu_milli=4250, memory_mib=3072 + 64)
+
+
+def test_requests_of_the_whole_pod_replace_those_of_its_containers():
+    spec = {"containers": [requesting(cpu=1, memory="1Gi")], "resources": {"requests": {"cpu": "3"}}}
+    assert ask(spec) == Demand(cpu_milli=3000, memory_mib=1024)
+
+
+def test_a_limit_without_a_request_is_the_request():
+    assert ask({"containers": [container(cpu="2")]}) == Demand(cpu_milli=2000)
+
+
+@pytest.mark.parametrize("amount", ["much", -1, "1e99", [], True])
+def test_unreadable_cpu_is_refused_in_words_beside_devices_only(amount):
+    wrong = ask({"containers": [container(**{GPU: 1, "cpu": amount})]})
+    assert isinstance(wrong, Malformed)
+    assert "cpu" in wrong.reason
+    assert ask({"containers": [container(cpu=amount)]}) == Demand()
+
+
+def test_a_pod_without_devices_does_not_concern_us():
+    assert not pod_of(pod_json("p", {"cpu": "2", "memory": "1Gi"})).concerns_us
+
+
+# -- terms ------------------------------------------------------------------------------------------------
+
+
+def test_annotations_become_terms():
+    notes = {
+        "tangram.gpu/product": "L40S, A100 80GB",
+        "tangram.gpu/architecture": "Hopper",
+        "tangram.gpu/compute-capability": "9.0",
+        "tangram.gpu/gpu-memory": "40Gi",
+        "tangram.gpu/link": "nvlink",
+        "tangram.gpu/driver": "550.54",
+        "tangram.gpu/cuda": "12.4",
+        "tangram.gpu/tenant": "red",
+        "tangram.gpu/isolation": "gpu",
+        "tangram.gpu/workload": "training",
+    }
+    terms = Terms(
+        products=("A100 80GB", "L40S"),
+        architectures=("Hopper",),
+        compute_capability=(9, 0),
+        gpu_memory_mib=40960,
+        nvlink=True,
+        driver=(550, 54),
+        cuda=(12, 4),
+        guest=Guest("red", "training", "gpu"),
+    )
+    assert ask({"containers": [container(**{GPU: 2})]}, **notes) == Demand(2, terms=terms)
+
+
+def test_who_wants_to_be_apart_without_a_tenant_is_one_of_the_namespace():
+    meta = {"uid": "u", "name": "p", "namespace": "team-a", "annotations": {"tangram.gpu/isolation": "node"}}
+    pod = pod_of({"metadata": meta, "spec": {"containers": [container(**{GPU: 1})]}})
+    assert isinstance(pod.ask, Demand)
+    assert pod.ask.terms.guest == pod.need.terms.guest == Guest("team-a", "", "node")
+
+
+def test_isolation_none_is_no_wish():
+    assert ask({"containers": [container(**{GPU: 1})]}, **{"tangram.gpu/isolation": "none"}) == Demand(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("product", ", ,", "H100"),
+        ("architecture", "", "Hopper"),
+        ("compute-capability", "nine", "9.0"),
+        ("gpu-memory", "40", "40Gi"),
+        ("gpu-memory", "forty", "40Gi"),
+        ("link", "pcie", "nvlink"),
+        ("driver", "550.", "550.54"),
+        ("cuda", "v12", "12.4"),
+        ("cuda", "１２", "12.4"),
+        ("tenant", "a b", "63 letters"),
+        ("isolation", "rack", "none, gpu or node"),
+        ("workload", "game", "training, batch or serving"),
+    ],
+)
+def test_a_malformed_annotation_is_refused_and_told_what_would_be_right(name, text, words):
+    wrong = ask({"containers": [container(**{GPU: 1})]}, **{f"tangram.gpu/{name}": text})
+    assert isinstance(wrong, Malformed)
+    assert f"tangram.gpu/{name}" in wrong.reason
+    assert words in wrong.reason
+
+
+@given(st.dictionaries(st.sampled_from(sorted(TERMS)), st.text(max_size=20) | st.integers() | st.none()))
+def test_no_annotation_of_a_pod_crashes_the_reader(notes):
+    assert isinstance(terms_of(notes, "default"), Terms | Malformed)
+
+
+def test_the_priority_is_kept():
+    assert pod_of(pod_json("p", {GPU: 1}, spec={"priority": 1000})).priority == 1000
+
+
+# -- names ------------------------------------------------------------------------------------------------
 
 
 def test_a_profile_named_like_an_argument_is_only_a_profile():
@@ -101,7 +263,8 @@ devices = st.lists(
         Device,
         st.from_regex(r"GPU-[0-9a-f]{8}", fullmatch=True),
         st.none() | st.builds(Slice, st.from_regex(r"[1-7]g\.[0-9]{1,2}gb(\.me)?", fullmatch=True), st.integers(0, 11)),
-    ),
+    )
+    | st.builds(Device, st.from_regex(r"GPU-[0-9a-f]{8}", fullmatch=True), milli=st.integers(1, 999)),
     min_size=1,
     max_size=8,
     unique=True,
@@ -119,7 +282,24 @@ def test_no_annotation_text_crashes_the_reader(text):
     assert read_placement(text) is None or isinstance(read_placement(text), Malformed)
 
 
-@pytest.mark.parametrize("text", ["GPU-1/", "GPU-1/3g.40gb", "GPU-1/3g.40gb@x", "/3g@0", "GPU-1/@0", "GPU-1/3g@-1", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "GPU-1/",
+        "GPU-1/3g.40gb",
+        "GPU-1/3g.40gb@x",
+        "/3g@0",
+        "GPU-1/@0",
+        "GPU-1/3g@-1",
+        "",
+        "GPU-1:",
+        ":250m",
+        "GPU-1:0m",
+        "GPU-1:1000m",
+        "GPU-1:25",
+        "GPU-1:-1m",
+    ],
+)
 def test_what_is_no_device_is_refused(text):
     with pytest.raises(ValueError, match="not a device"):
         device_of(text)
