@@ -191,6 +191,64 @@ def demo(
     raise typer.Exit(status)
 
 
+@app.command()
+def tables(
+    geometry: Annotated[list[str] | None, typer.Option(help="A product's key or classic; may be repeated.")] = None,
+    mix: Annotated[str, typer.Option(help="uniform, skew-big, or a number for each profile: 5,10,10,20.")] = "uniform",
+    as_json: AsJson = False,
+) -> None:
+    """The values of MIG states: one table for each geometry, what found it and how long that took."""
+    from app.replay.mig import geometry_called, weights_for
+    from app.tables import as_json as json_of
+    from app.tables import geometries, show, solve
+
+    try:
+        wanted = {geometry_called(name): (name,) for name in geometry} if geometry else geometries()
+        mixes = [
+            dict(zip([profile.name for profile in shape.profiles], weights_for(shape, mix), strict=True))
+            for shape in wanted
+        ]
+    except ValueError as wrong:
+        raise Failed(str(wrong), MISUSE) from None
+    solved = list(solve(wanted, mixes))
+    if as_json:
+        typer.echo(json.dumps(json_of(solved), ensure_ascii=False))
+        return
+    show(solved, _console())
+
+
+replays = typer.Typer(help="Play a workload against Tangram's decisions, beside other policies.", no_args_is_help=True)
+app.add_typer(replays, name="replay")
+
+
+@replays.command()
+def mig(
+    mix: Annotated[str, typer.Option(help="uniform, skew-big, or a number for each profile.")] = "uniform",
+    load: Annotated[float, typer.Option(min=0.01, max=10, help="Units offered against the units there are.")] = 1.0,
+    gpus: Annotated[int, typer.Option(min=1, max=10_000, help="GPUs of the fleet, all in MIG mode.")] = 100,
+    arrivals: Annotated[int, typer.Option(min=4, max=1_000_000, help="A quarter of them is dropped.")] = 12_000,
+    seeds: Annotated[str, typer.Option(help="Which arrivals: 7-16, or 1,4,9.")] = "7-16",
+    policy: Annotated[list[str] | None, typer.Option(help="A policy, or all; may be repeated.")] = None,
+    geometry: Annotated[str, typer.Option(help="classic (eight units, six profiles), or a product's key.")] = "classic",
+    as_json: AsJson = False,
+) -> None:
+    """MIG slices come and go on a fleet that loses what does not fit: what each policy accepts."""
+    from app.replay.mig import POLICIES, Workload, geometry_called, replay, seeds_from, show, weights_for
+    from app.replay.mig import as_json as json_of
+
+    names = list(POLICIES) if policy and "all" in policy else policy or ["market"]
+    try:
+        shape = geometry_called(geometry)
+        workload = Workload(shape, weights_for(shape, mix), load, gpus, arrivals)
+        results = [replay(workload, name, seeds_from(seeds)) for name in names]
+    except ValueError as wrong:
+        raise Failed(str(wrong), MISUSE) from None
+    if as_json:
+        typer.echo(json.dumps(json_of(workload, results), indent=1, ensure_ascii=False))
+        return
+    show(workload, results, _console())
+
+
 # ------------------------------------------------------------------------------------------------------ installing
 
 

@@ -14,17 +14,22 @@ import random
 import time
 from array import array
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import NamedTuple, Protocol, TypeVar
 
 from ortools.sat.python import cp_model
+from rich.console import Console
+from rich.table import Table as Grid
 
+from solver.demand import SliceNeed, Terms
 from solver.geometry import Block, Cut, Geometry, Profile, Slice, cut, empty, grid
+from solver.goals import Policy, offers
 from solver.market import Table, solve_table
 from solver.products import PRODUCTS, product
+from solver.values import Values
 
 CLASSIC = Geometry(
     8,
@@ -262,25 +267,24 @@ def _free(state: Cut) -> Hashable:
     return state.busy, state.left
 
 
-def _held(state: Cut) -> Hashable:
-    return state.held
-
-
 def market(workload: Workload) -> Cheapest:
-    """Ours: what a step takes from the value of the GPU's state."""
+    """Ours: what a step takes from the value of the GPU's state, by the very steps and prices of the service."""
     return by_table(solve_table(workload.geometry, workload.mix))
 
 
 def by_table(table: Table) -> Cheapest:
-    """Decisions by this table."""
+    """Decisions as the service takes them with this table."""
+    policy = Policy(values=Values({table.geometry: table}))
 
     def ask(state: Cut, profile: str) -> Asked | None:
-        return min(
-            (Asked(table.of(state) - table.of(state.add(Slice(profile, at))), at) for at in state.starts(profile)),
-            default=None,
-        )
+        found = offers(state, SliceNeed(profile, Terms()), policy)
+        if not found:
+            return None
+        taken = found[0].step.slice
+        assert taken is not None
+        return Asked(found[0].price, taken.start)
 
-    return Cheapest(ask, _held)
+    return Cheapest(ask, lambda state: state.held)
 
 
 def mfi(workload: Workload) -> Cheapest:
@@ -502,3 +506,78 @@ def _run(system: System[Token], workload: Workload, seed: int, took: array[int])
 def percentile(numbers: Sequence[int], share: float) -> float:
     """The number that this share of them does not exceed; 0 of none."""
     return sorted(numbers)[max(0, math.ceil(share * len(numbers)) - 1)] if numbers else 0.0
+
+
+# --- in words ---
+
+
+def as_json(workload: Workload, results: Sequence[Result]) -> Mapping[str, object]:
+    """Everything, for programs."""
+    return {
+        "mix": workload.mix,
+        "load": workload.load,
+        "gpus": workload.gpus,
+        "arrivals": workload.arrivals,
+        "policies": [
+            {
+                "policy": result.policy,
+                "requests_percent": round(result.requests, 3),
+                "slice_demand_percent": round(result.slice_demand, 3),
+                "decision_p50_us": round(result.p50_us, 2),
+                "decision_p99_us": round(result.p99_us, 2),
+                "seeds": [asdict(seed) for seed in result.seeds],
+            }
+            for result in results
+        ],
+    }
+
+
+def show(workload: Workload, results: Sequence[Result], console: Console) -> None:
+    """A row for each policy, in the order asked; the difference is to the first, seed by seed."""
+    console.print(
+        f"{workload.gpus} GPUs of {workload.geometry.width} units, load {workload.load:g}, "
+        f"{workload.arrivals} arrivals (a quarter dropped), {len(results[0].seeds)} seeds; "
+        + ", ".join(f"{name} {weight:g}" for name, weight in workload.mix.items())
+    )
+    table = Grid()
+    table.add_column("Policy")
+    for title in ("Requests %", "Slice-demand %", "Against first", "Lowest", "Highest", "p50 µs", "p99 µs"):
+        table.add_column(title, justify="right")
+    for result in results:
+        demands = [seed.slice_demand for seed in result.seeds]
+        table.add_row(
+            result.policy,
+            f"{result.requests:.2f}",
+            f"{result.slice_demand:.2f}",
+            _against(result, results[0]),
+            f"{min(demands):.2f}",
+            f"{max(demands):.2f}",
+            f"{result.p50_us:.1f}",
+            f"{result.p99_us:.1f}",
+        )
+    console.print(table)
+    if any(result.policy == "repack" for result in results):
+        console.print("repack may move everything at every arrival: a reference, not a placement policy.")
+
+
+def _against(result: Result, first: Result) -> str:
+    """The mean difference in slice-demand and its standard error over the seeds."""
+    if result is first:
+        return ""
+    gaps = [mine.slice_demand - other.slice_demand for mine, other in zip(result.seeds, first.seeds, strict=True)]
+    error = f" ± {stdev(gaps) / math.sqrt(len(gaps)):.2f}" if len(gaps) > 1 else ""
+    return f"{fmean(gaps):+.2f}{error}"
+
+
+def seeds_from(words: str) -> tuple[int, ...]:
+    """`7-16`, `7`, or `1,4,9`."""
+    try:
+        seeds: list[int] = []
+        for part in words.split(","):
+            first, _, last = part.partition("-")
+            seeds.extend(range(int(first), int(last or first) + 1))
+    except ValueError:
+        seeds = []
+    if not seeds:
+        raise ValueError(f"{words}: not seeds such as 7-16 or 1,4,9")
+    return tuple(seeds)
