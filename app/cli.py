@@ -197,7 +197,7 @@ def tables(
     mix: Annotated[str, typer.Option(help="uniform, skew-big, or a number for each profile: 5,10,10,20.")] = "uniform",
     as_json: AsJson = False,
 ) -> None:
-    """The values of MIG states: one table for each geometry, what found it and how long that took."""
+    """The values of MIG states: one table for each kind of board, what found it and how long that took."""
     from app.replay.mig import geometry_called, weights_for
     from app.tables import as_json as json_of
     from app.tables import geometries, show, solve

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from solver.geometry import Geometry
-from solver.market import Table, solve_table
+from solver.market import Shape, Table, shape_of, solve_table
 from solver.products import PRODUCTS
 
 
@@ -24,16 +24,18 @@ class Solved:
 
 
 def geometries() -> dict[Geometry, tuple[str, ...]]:
-    """Every different geometry of the products, with their keys."""
-    found: dict[Geometry, tuple[str, ...]] = {}
+    """One geometry of every shape that the products have, with the keys of all that have it."""
+    first: dict[Shape, Geometry] = {}
+    keys: dict[Geometry, tuple[str, ...]] = {}
     for product in PRODUCTS:
         if product.geometry is not None:
-            found[product.geometry] = (*found.get(product.geometry, ()), product.key)
-    return found
+            known = first.setdefault(shape_of(product.geometry)[0], product.geometry)
+            keys[known] = (*keys.get(known, ()), product.key)
+    return keys
 
 
 def solve(wanted: Mapping[Geometry, tuple[str, ...]], mixes: Sequence[Mapping[str, float] | None]) -> Iterator[Solved]:
-    """One table for each geometry; boards that differ in names only are solved once."""
+    """One table for each geometry."""
     for (geometry, names), mix in zip(wanted.items(), mixes, strict=True):
         began = time.perf_counter()
         table = solve_table(geometry, mix)
@@ -82,4 +84,4 @@ def show(solved: Sequence[Solved], console: Console) -> None:
             f"{one.seconds:.2f}",
         )
     console.print(table)
-    console.print("Values are in milli-GPU against an empty GPU. Boards that differ in names only are solved once.")
+    console.print("Values are in milli-GPU against an empty GPU. Boards that differ in names only share a table.")

@@ -104,7 +104,7 @@ def solve_table(geometry: Geometry, mix: Mapping[str, float] | Mix | None = None
     formula; `method` says so.
     """
     shares = mix_for(geometry, mix)
-    shape, rows = _shape_of(geometry)
+    shape, rows = shape_of(geometry)
     weights = [0.0] * len(shape.rows)
     for profile, share in shares:
         if profile in rows:
@@ -193,7 +193,7 @@ class Shape:
         return tuple(row[0].size for row in self.rows)
 
 
-def _shape_of(geometry: Geometry) -> tuple[Shape, dict[str, int]]:
+def shape_of(geometry: Geometry) -> tuple[Shape, dict[str, int]]:
     """The shape, and the row of each profile that has a legal start at all."""
     ready = grid(geometry)
     blocks = {name: tuple(block for _, block, _ in row) for name, row in ready.by_profile.items() if row}
@@ -501,7 +501,8 @@ def _solved(system: Floats, right: Floats) -> Floats:
     size = len(right)
     for k in range(size):
         rows[k, k:] /= rows[k, k]
-        rows[k + 1 :, k:] -= rows[k + 1 :, k, np.newaxis] * rows[k, k:]
+        below = rows[k + 1 :, k].nonzero()[0] + k + 1  # few: a class has few neighbours
+        rows[below, k:] -= rows[below, k, np.newaxis] * rows[k, k:]
     for k in range(size - 1, 0, -1):
         rows[:k, size] -= rows[:k, k] * rows[k, size]
     return rows[:, size]
