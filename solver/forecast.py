@@ -1,8 +1,8 @@
 """What a node's room is worth to the pods that keep coming: the potential of `prices.md`, part B.
 
-    mix of pods ──Forecast.of()──▶ worth of a residual, typical pods, scarce models, need of CPU   (once per mix)
+    mix of pods ──from_mix()─────▶ worth of a residual, typical pods, scarce models, need of CPU   (once per mix)
     nodes now   ──with_blocks()──▶ which blocks of idle GPUs are short                             (now and then)
-    a state     ──potential()────▶ milli-GPU; a step's price is what it takes away
+    a state     ──of()───────────▶ milli-GPU; a step's price is what it takes away
 
 For one GPU model, with residuals r (milli left on each GPU), their sum R and so many idle GPUs:
 
@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from ortools.linear_solver import pywraplp
 
-GPU_MILLI = 1000
+from solver.cluster import GPU_MILLI
+from solver.steps import Host
 
 FINE = 2**20
 """Parts of a milli-GPU that the sums are kept in."""
@@ -113,7 +114,7 @@ class _Uses:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Forecast:
-    """The mix of pods to come, ready to value states. Made by `Forecast.of`; renewed by `with_blocks`.
+    """The mix of pods to come, ready to value states. Made by `Forecast.from_mix`; renewed by `with_blocks`.
 
     `share_worth[r]` is U(r) in milli-GPU, `scarcity` λ by model, `cpu_need` cores per GPU, `typical` the typical
     pods (GPU pods only) with their `weights`, `blocks` the shapes of several GPUs with `block_share` (q) and
@@ -133,7 +134,7 @@ class Forecast:
     _any: _Uses
 
     @classmethod
-    def of(
+    def from_mix(
         cls, shapes: Iterable[Shape], capacity: Mapping[str, float], *, seed: int = 0, draws: int = DRAWS
     ) -> Forecast:
         """Learn from a mix, for a cluster with so many GPUs of each model. `draws` 0: the expected mix alone."""
@@ -142,7 +143,8 @@ class Forecast:
         total = sum(shape.frequency * shape.demand_milli for shape in wanting)
         gpus = float(sum(capacity.values()))
         worth = _share_worth(wanting, gpus * GPU_MILLI / total if total else 0.0, seed, draws)
-        typical, weights = _typical(mix)
+        typical = tuple(shape for shape in typical_shapes(mix) if shape.count)
+        weights = _weights(typical)
         blocks = tuple(shape for shape in wanting if shape.count > 1)
         shares = np.array([shape.frequency * shape.demand_milli / total for shape in blocks], dtype=np.float64)
         cores = sum(shape.frequency * shape.cpu_milli for shape in wanting)
@@ -179,7 +181,7 @@ class Forecast:
         worth = np.zeros(len(self.blocks))
         for i, (shape, share) in enumerate(zip(self.blocks, self.block_share, strict=True)):
             existing = sum(
-                float(np.minimum(idle // shape.count, _times(cpu, shape.cpu_milli)).sum())
+                float(np.minimum(idle // shape.count, _times(cpu, np.array([float(shape.cpu_milli)]))[:, 0]).sum())
                 for model, (cpu, idle) in columns.items()
                 if not shape.models or model in shape.models
             )
@@ -188,51 +190,74 @@ class Forecast:
             worth[i] = share / asked * short**BLOCK_POWER if asked else 0.0
         return replace(self, block_worth=worth)
 
-    def potential(self, model: str, cpu_milli: int | None, residuals: Sequence[int]) -> float:
-        """What the room of a node with GPUs of one model is worth, in milli-GPU."""
-        cpu = np.array([np.inf if cpu_milli is None else cpu_milli], dtype=np.float64)
-        return float(self.fine({model: np.array([residuals], dtype=np.int64)}, cpu)[0]) / FINE
+    def of(self, state: Host) -> int:
+        """What the room of a node is worth, in whole milli-GPU. A GPU's model is its product."""
+        left: dict[str, list[int]] = {}
+        for kind, members, idle, parts in zip(
+            state.board.kinds, state.board.classes, state.idle, state.shared, strict=True
+        ):
+            full = len(members) - idle - len(parts)
+            residuals = [GPU_MILLI] * idle + [part.milli for part in parts] + [0] * full
+            left.setdefault(kind.product, []).extend(residuals)
+        rows = {model: np.array([residuals], dtype=np.int64) for model, residuals in left.items()}
+        return int(self.of_many(rows, _cpu(state.cpu_milli), ONLY, ONLY)[0])
 
-    def fine(self, residuals: Mapping[str, Ints], cpu_milli: Floats) -> Floats:
-        """The potential of many states at once, in whole 1/FINE of a milli-GPU.
-
-        `residuals[model]` has a row for each state and a column for each GPU of that model (0: nothing left);
-        `cpu_milli` is infinite where unknown. All of a node's models share its CPU.
+    def of_many(self, left: Mapping[str, Ints], cpu_milli: Floats, left_of: Ints, cpu_of: Ints) -> Ints:
+        """The same for many states at once: state i has the residuals `left[model][left_of[i]]` (0: nothing is
+        left of that GPU) and the CPU `cpu_milli[cpu_of[i]]` (infinite where it is not known).
         """
-        worth = np.zeros(len(cpu_milli))
-        left = np.zeros(len(cpu_milli))
-        for model, rows in residuals.items():
-            worth += self._of_model(self._uses.get(model, self._any), rows, cpu_milli)
-            left += rows.sum(axis=1)
+        worth = np.floor(self._fine(left, cpu_milli, left_of, cpu_of) / FINE + 0.5)
+        return worth.astype(np.int64)
+
+    def potential(self, model: str, cpu_milli: int | None, residuals: Sequence[int]) -> float:
+        """The worth of a node with GPUs of one model, not rounded."""
+        rows = np.array([residuals], dtype=np.int64).reshape(1, -1)
+        return float(self._fine({model: rows}, _cpu(cpu_milli), ONLY, ONLY)[0]) / FINE
+
+    def _fine(self, left: Mapping[str, Ints], cpu: Floats, left_of: Ints, cpu_of: Ints) -> Floats:
+        """In whole parts of 1/FINE of a milli-GPU."""
+        worth = np.zeros(len(left_of))
+        together = np.zeros(len(next(iter(left.values()), ())))
+        for model, rows in left.items():
+            worth += self._of_model(self._uses.get(model, self._any), rows, cpu, left_of, cpu_of)
+            together += rows.sum(axis=1)
         reserve = round(CPU_MILLI_GPU * FINE / 1000)
         wanted = round(CPU_MILLI_GPU * FINE / 1000 * CPU_MARGIN * self.cpu_need)
-        return worth + np.minimum(cpu_milli * reserve, left * wanted)
+        return worth + np.minimum((cpu * reserve)[cpu_of], (together * wanted)[left_of])
 
-    def _of_model(self, uses: _Uses, rows: Ints, cpu: Floats) -> Floats:
-        worth: Floats = self._worth[rows].sum(axis=1) + uses.scarcity * rows.sum(axis=1)
+    def _of_model(self, uses: _Uses, rows: Ints, cpu: Floats, left_of: Ints, cpu_of: Ints) -> Floats:
+        alone: Floats = self._worth[rows].sum(axis=1) + uses.scarcity * rows.sum(axis=1)
+        worth = alone[left_of]
         if len(uses.typical_count):
-            descending = -np.sort(-rows, axis=1)
-            sums = np.zeros((len(rows), rows.shape[1] + 1))
-            np.cumsum(descending, axis=1, out=sums[:, 1:])
+            width = rows.shape[1] + 1
+            largest_first = np.zeros((len(rows), width))
+            np.cumsum(-np.sort(-rows, axis=1), axis=1, out=largest_first[:, 1:])
             fitting = (rows[:, :, None] >= uses.thresholds).sum(axis=1)[:, uses.threshold_of]
-            used = np.minimum(fitting, _times(cpu[:, None], uses.typical_cpu) * uses.typical_count)
-            used[fitting < uses.typical_count] = 0
-            usable = np.take_along_axis(sums, used.astype(np.int64), axis=1)
-            worth += usable @ uses.typical_weight
+            fitting[fitting < uses.typical_count] = 0
+            enough = np.minimum(_times(cpu, uses.typical_cpu) * uses.typical_count, width).astype(np.int64)
+            used = np.minimum(fitting[left_of], enough[cpu_of]) + (width * left_of)[:, None]
+            worth += largest_first.ravel()[used] @ uses.typical_weight
         if len(uses.block_count):
             idle = (rows == GPU_MILLI).sum(axis=1)
-            blocks = np.minimum(idle[:, None] // uses.block_count, _times(cpu[:, None], uses.block_cpu))
-            worth += blocks @ np.rint(
-                self.block_worth[uses.block_of] * (BLOCK_WORTH * GPU_MILLI * FINE) * uses.block_count
-            )
+            blocks = np.minimum((idle[:, None] // uses.block_count)[left_of], _times(cpu, uses.block_cpu)[cpu_of])
+            each = self.block_worth[uses.block_of] * (BLOCK_WORTH * GPU_MILLI * FINE) * uses.block_count
+            worth += blocks @ np.rint(each)
         return worth
 
 
-def _times(cpu: Floats, each: Floats | int) -> Floats:
-    """How many pods of so much CPU each the CPU is enough for; a pod without any never runs out."""
+ONLY: Ints = np.zeros(1, dtype=np.int64)
+"""The one state of a batch of one."""
+
+
+def _cpu(cpu_milli: int | None) -> Floats:
+    return np.array([np.inf if cpu_milli is None else cpu_milli], dtype=np.float64)
+
+
+def _times(cpu: Floats, each: Floats) -> Floats:
+    """By state and kind of pod, how many the CPU is enough for; a pod without any never runs out."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        times = np.floor(cpu / each)
-    return np.where(np.equal(each, 0), np.inf, times)
+        times = np.floor(cpu[:, None] / each)
+    return np.where(each == 0, np.inf, times)
 
 
 def _merged(shapes: Iterable[Shape]) -> list[Shape]:
@@ -245,24 +270,27 @@ def _merged(shapes: Iterable[Shape]) -> list[Shape]:
     return sorted(Shape(*key, frequency) for key, frequency in seen.items())
 
 
-def _typical(mix: Sequence[Shape]) -> tuple[tuple[Shape, ...], Floats]:
-    """FGD's typical pods without those of CPU only, and the weight of each."""
+def typical_shapes(shapes: Iterable[Shape]) -> list[Shape]:
+    """FGD's typical pods: the commonest kinds, until they are 95 % of all pods."""
     by_frequency = sorted(
-        mix, key=lambda shape: (shape.frequency, shape.cpu_milli, shape.milli, shape.count, shape.models), reverse=True
+        _merged(shapes),
+        key=lambda shape: (shape.frequency, shape.cpu_milli, shape.milli, shape.count, shape.models),
+        reverse=True,
     )
-    wanted = TYPICAL_PODS * sum(shape.frequency for shape in mix)
+    wanted = TYPICAL_PODS * sum(shape.frequency for shape in by_frequency)
     chosen: list[Shape] = []
     so_far = 0.0
     for shape in by_frequency:
         if so_far >= wanted:
             break
         so_far += shape.frequency
-        if shape.count:
-            chosen.append(shape)
-    if not chosen:
-        return (), np.zeros(0)
-    weights = np.array([shape.frequency * (shape.milli / GPU_MILLI) ** SIZE_EXPONENT for shape in chosen])
-    return tuple(chosen), weights / weights.sum()
+        chosen.append(shape)
+    return chosen
+
+
+def _weights(typical: Sequence[Shape]) -> Floats:
+    weights = np.array([shape.frequency * (shape.milli / GPU_MILLI) ** SIZE_EXPONENT for shape in typical])
+    return weights / weights.sum() if len(weights) else weights
 
 
 def _scarcity(wanting: Sequence[Shape], capacity: Mapping[str, float]) -> dict[str, float]:

@@ -1,0 +1,299 @@
+"""`tangram replay openb`: a trace of shared and whole GPUs that fills a cluster (benchmarks.md, section 1).
+
+Nothing departs, one pod at a time, and what does not fit is dropped for good. Allocation is the part of all GPUs
+that is in use, at so much arrived load. Every placement of every policy goes through the same `Books`, which
+refuse what is not legal.
+
+    arrivals(seed) ──▶ Policy.choose() ──▶ Books.take() ──▶ Policy.changed() ──▶ Run ──▶ Result
+                        the decision                         its upkeep
+
+`potential` is Tangram: its decisions are those of `solver.rank.Ranking` with a forecast, the code of the service.
+"""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, pstdev
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Protocol
+
+from app.replay.mig import percentile
+from app.replay.rules import RULES, AtRandom, Board, Fragmentation, Kinds, rule_called
+from app.replay.trace import GPU_MILLI, SIZES, Books, Machine, Pod, arrivals, read_machines, read_pods
+from solver.cluster import Allocation, Gpu, Node
+from solver.demand import Demand, Terms
+from solver.forecast import Forecast, Shape
+from solver.goals import Policy as Prices
+from solver.rank import Ranking
+from solver.values import Values
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LOADS = (80, 90, 95, 100, 110, 130)
+"""Arrived load in % of the cluster's GPUs at which results are told."""
+
+RENEWED_AFTER = 0.02
+"""The forecast looks at the cluster again each time this much of its GPUs has been asked for."""
+
+POTENTIAL, RANDOM = "potential", "random"
+POLICIES = (POTENTIAL, *RULES, RANDOM)
+
+Choice = tuple[int, tuple[int, ...]]
+"""A node, and the GPUs of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A cluster and the pods of a list."""
+
+    machines: tuple[Machine, ...]
+    pods: tuple[Pod, ...]
+
+    @classmethod
+    def read(cls, nodes: Path, pods: Path) -> Trace:
+        """From two CSV files; BadInput where they are not what they should be."""
+        return cls(read_machines(nodes), read_pods(pods))
+
+
+class Policy(Protocol):
+    """What is compared."""
+
+    def choose(self, pod: Pod) -> Choice | None:
+        """Where the pod goes; None where it fits nowhere. Changes nothing."""
+
+    def changed(self, pod: Pod, choice: Choice) -> None:
+        """The pod is there now."""
+
+    def renew(self) -> None:
+        """Some more load has arrived: look at the cluster as a whole."""
+
+
+# --- Tangram ---
+
+
+class Potential:
+    """The service's own ranking, with a forecast of the trace's mix."""
+
+    def __init__(self, trace: Trace, books: Books, forecast: Forecast, *, chance: random.Random, fixed_ties: bool):
+        self._books, self._chance = books, chance
+        self._nodes = [node_of(machine) for machine in trace.machines]
+        self._place = {node.name: i for i, node in enumerate(self._nodes)}
+        order = list(range(len(self._nodes)))
+        if fixed_ties:
+            chance.shuffle(order)
+        self._order = order if fixed_ties else None
+        self._taken: list[list[Allocation]] = [[] for _ in self._nodes]
+        self._demands = {pod: demand_of(pod) for pod in set(trace.pods)}
+        self._forecast = forecast
+        self._ranking = Ranking(self._renewed())
+        for node in self._nodes:
+            self._ranking.put(node)
+        for demand in self._demands.values():
+            self._ranking.cheapest(demand)
+
+    def _renewed(self) -> Prices:
+        books = self._books
+        idle = (books.left == GPU_MILLI).sum(axis=1).tolist()
+        rooms = zip([machine.model for machine in books.machines], books.cpu.tolist(), idle, strict=True)
+        self._forecast = self._forecast.with_blocks(rooms)
+        return Prices(values=Values(forecast=self._forecast))
+
+    def choose(self, pod: Pod) -> Choice | None:
+        """The cheapest node, and on it the cheapest devices."""
+        demand = self._demands[pod]
+        names = self._ranking.cheapest(demand)
+        if not names:
+            return None
+        if self._order is not None:
+            name = min(names, key=lambda name: self._order[self._place[name]])
+        else:
+            name = names[0] if len(names) == 1 else self._chance.choice(names)
+        placement = self._ranking.best(demand, name)
+        assert placement is not None
+        return self._place[name], tuple(int(device.gpu.rpartition("/")[2]) for device in placement.devices)
+
+    def changed(self, pod: Pod, choice: Choice) -> None:
+        """Put the node anew, with what is on it now."""
+        place, gpus = choice
+        node, demand = self._nodes[place], self._demands[pod]
+        from solver.cluster import Device
+        devices = tuple(Device(node.gpus[gpu].uuid, milli=demand.share_milli) for gpu in gpus)
+        self._taken[place].append(Allocation(devices, pod.cpu_milli, pod.memory_mib))
+        self._ranking.put(node, self._taken[place])
+        self._ranking.settle()
+
+    def renew(self) -> None:
+        """Which blocks of GPUs are short now?"""
+        self._ranking.renew(self._renewed())
+
+
+def node_of(machine: Machine) -> Node:
+    """The machine as the solver sees it; nothing is known of its links."""
+    gpus = tuple(Gpu(f"{machine.name}/{i}", i, machine.model, 0) for i in range(machine.gpus))
+    links = ((0,) * machine.gpus,) * machine.gpus
+    return Node(machine.name, gpus, links, machine.cpu_milli, machine.memory_mib)
+
+
+def demand_of(pod: Pod) -> Demand:
+    """The pod as the solver sees it."""
+    return Demand(
+        gpus=0 if pod.is_share else pod.gpus,
+        share_milli=pod.milli if pod.is_share else 0,
+        cpu_milli=pod.cpu_milli,
+        memory_mib=pod.memory_mib,
+        terms=Terms(products=pod.models),
+    )
+
+
+def forecast_of(trace: Trace) -> Forecast:
+    """What the trace's own mix says of the pods to come."""
+    capacity = Counter[str]()
+    for machine in trace.machines:
+        capacity[machine.model] += machine.gpus
+    shapes = (Shape(pod.cpu_milli, pod.gpus, pod.milli, pod.models) for pod in trace.pods)
+    return Forecast.from_mix(shapes, {model: gpus for model, gpus in capacity.items() if gpus})
+
+
+# --- a rule ---
+
+
+class ByRule:
+    """One of `rules`."""
+
+    def __init__(self, name: str, trace: Trace, books: Books, fragmentation: Fragmentation, chance: random.Random, fixed_ties: bool):
+        kinds = Kinds.of(trace.pods)
+        if name == RANDOM:
+            self._board: Board | AtRandom = AtRandom(books, kinds, chance=chance)
+        else:
+            self._board = Board(books, kinds, rule_called(name, fragmentation), chance=chance, fixed_ties=fixed_ties)
+
+    def choose(self, pod: Pod) -> Choice | None:
+        """The node with the highest score."""
+        return self._board.choose(pod)
+
+    def changed(self, pod: Pod, choice: Choice) -> None:
+        """Score the node anew."""
+        self._board.changed(choice[0])
+
+    def renew(self) -> None:
+        """Rules do not look ahead."""
+
+
+# --- playing ---
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one seed came to: allocation and fragmentation by load in % of all GPUs, and pods dropped by class."""
+
+    seed: int
+    allocation: Mapping[int, float]
+    fragmentation: Mapping[int, float]
+    rejected: Mapping[str, int]
+    arrived: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A policy over all seeds. Decisions and upkeep in nanoseconds, one for each pod of each seed, in order."""
+
+    policy: str
+    ties: str
+    runs: tuple[Run, ...]
+    decisions: array[int]
+    upkeep: array[int]
+    renewals: array[int]
+
+    def mean(self, load: int) -> float:
+        """Allocation at so much arrived load, over the seeds."""
+        return fmean(run.allocation[load] for run in self.runs)
+
+    def deviation(self, load: int) -> float:
+        """How much seeds differ in it."""
+        return pstdev(run.allocation[load] for run in self.runs)
+
+    def fragmentation(self, load: int) -> float:
+        """Mean fragmentation in % of all GPUs."""
+        return fmean(run.fragmentation[load] for run in self.runs)
+
+    def rejected(self, size: str) -> float:
+        """Mean part of the pods of a class that were dropped, in %."""
+        return fmean(100 * run.rejected[size] / run.arrived[size] if run.arrived[size] else 0.0 for run in self.runs)
+
+
+def replay(trace: Trace, name: str, seeds: Sequence[int], *, fixed_ties: bool | None = None) -> Result:
+    """Play a policy. `fixed_ties` None: as its authors do, which for ours is at random."""
+    if name not in POLICIES:
+        raise ValueError(f"no policy is called {name}; there are {', '.join(POLICIES)}")
+    fixed = name not in (POTENTIAL, RANDOM) if fixed_ties is None else fixed_ties
+    fragmentation = Fragmentation(trace.pods, sorted({machine.model for machine in trace.machines}))
+    forecast = forecast_of(trace) if name == POTENTIAL else None
+    times = array("q"), array("q"), array("q")
+    runs = []
+    for seed in seeds:
+        books = Books(trace.machines)
+        chance = random.Random(f"ties {seed}")  # noqa: S311  not a secret
+        policy: Policy
+        if forecast is not None:
+            policy = Potential(trace, books, forecast, chance=chance, fixed_ties=fixed)
+        else:
+            policy = ByRule(name, trace, books, fragmentation, chance, fixed)
+        runs.append(_run(trace, books, policy, fragmentation, seed, times))
+    return Result(name, "fixed" if fixed else "random", tuple(runs), *times)
+
+
+def _run(
+    trace: Trace,
+    books: Books,
+    policy: Policy,
+    fragmentation: Fragmentation,
+    seed: int,
+    times: tuple[array[int], array[int], array[int]],
+) -> Run:
+    decisions, upkeep, renewals = times
+    capacity = books.capacity_milli
+    broken = [fragmentation.of_node(books, node) for node in range(len(books.machines))]
+    broken_now = sum(broken)
+    asked = used = 0
+    renewed = 0.0
+    seen: dict[int, list[tuple[float, float]]] = {load: [] for load in LOADS}
+    rejected, arrived = Counter[str](), Counter[str]()
+    for pod in arrivals(trace.pods, capacity, seed):
+        asked += pod.demand_milli
+        arrived[pod.size] += 1
+        if asked / capacity >= renewed + RENEWED_AFTER:
+            renewed = asked / capacity
+            began = perf_counter_ns()
+            policy.renew()
+            renewals.append(perf_counter_ns() - began)
+        began = perf_counter_ns()
+        choice = policy.choose(pod)
+        decisions.append(perf_counter_ns() - began)
+        if choice is None:
+            rejected[pod.size] += 1
+        else:
+            books.take(pod, *choice)
+            began = perf_counter_ns()
+            policy.changed(pod, choice)
+            upkeep.append(perf_counter_ns() - began)
+            used += pod.demand_milli
+            node = choice[0]
+            broken_now -= broken[node]
+            broken[node] = fragmentation.of_node(books, node)
+            broken_now += broken[node]
+        load = round(100 * asked / capacity)
+        if load in seen:
+            seen[load].append((100 * used / capacity, 100 * broken_now / capacity))
+    return Run(
+        seed,
+        {load: fmean(each[0] for each in events) for load, events in seen.items() if events},
+        {load: fmean(each[1] for each in events) for load, events in seen.items() if events},
+        {size: rejected[size] for size in SIZES},
+        {size: arrived[size] for size in SIZES},
+    )
