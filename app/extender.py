@@ -310,7 +310,7 @@ class Extender:
             return Refusal(fault, resolvable=False)
         seen, _ = self._offers.view(hold.node)
         others = self._ledger.taken(hold.node, but=[hold.pod.uid])
-        refusal = legal(seen)(others, hold.devices)
+        refusal = legal(seen)(others, hold.allocation)
         if refusal is not None:
             self.settle(hold.pod)
             return refusal

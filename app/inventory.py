@@ -7,11 +7,14 @@ except what agents saw of them (which pod has a process on which device).
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from app.quantities import version_in
 from app.report import Gpu, Instance, Link, NodeReport, Unchanged
 from app.translate import profile_as_asked
 from solver import Device, Geometry, Node, Profile, Slice
 from solver import Gpu as SolverGpu
 from solver.topology import PCIE_GBS
+
+UNKNOWN = "unknown"  # an agent's word for an architecture that its NVML does not tell
 
 
 @dataclass(slots=True)
@@ -102,9 +105,18 @@ def profiles_in(report: NodeReport) -> frozenset[str]:
 
 
 def node_of(report: NodeReport) -> Node:
-    """The solver's view of a report: GPUs in index order, geometry where MIG is on, link bandwidths."""
+    """The solver's view of a report: GPUs in index order, geometry where MIG is on, link bandwidths, versions.
+
+    A version that is missing or unreadable is unknown, and less than any that can be asked for.
+    """
     gpus = tuple(sorted(report.gpus, key=lambda gpu: gpu.index))
-    return Node(report.node, tuple(_gpu(gpu) for gpu in gpus), _links([gpu.uuid for gpu in gpus], report.links))
+    return Node(
+        report.node,
+        tuple(_gpu(gpu) for gpu in gpus),
+        _links([gpu.uuid for gpu in gpus], report.links),
+        driver=version_in(report.driver),
+        cuda=version_in(report.cuda),
+    )
 
 
 def users_of(report: NodeReport) -> dict[Device, frozenset[str]]:
@@ -135,6 +147,10 @@ def _gpu(gpu: Gpu) -> SolverGpu:
         geometry=_geometry(gpu),
         instances=tuple(sorted(_slice(instance) for instance in _instances(gpu))),
         withheld=withheld,
+        architecture="" if gpu.architecture == UNKNOWN else gpu.architecture,
+        compute_capability=version_in(gpu.compute_capability),
+        watts=gpu.watts,
+        nic=gpu.nic,
     )
 
 

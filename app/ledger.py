@@ -14,7 +14,8 @@ What stands behind it:
 * LEAVING: the pod is gone from the API server, but its devices have not been seen idle yet.
 
 No method awaits and none reads a clock, so each is atomic and every order of events can be played in a test.
-**The law**: ASSUMED, HELD and LEAVING never overlap on a device, unless the API server itself says so.
+**The law**: ASSUMED, HELD and LEAVING never overlap on a device, unless the API server itself says so: shares of
+a GPU never add up to more than all of it, and no share stands beside a slice or a whole GPU.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -23,8 +24,9 @@ from enum import Enum
 
 from app.translate import PodRef
 from solver import Demand, Device, Placement, Refusal
+from solver.cluster import Allocation
 
-Legal = Callable[[tuple[Device, ...], tuple[Device, ...]], Refusal | None]
+Legal = Callable[[tuple[Allocation, ...], Allocation], Refusal | None]
 
 
 class Phase(Enum):
@@ -59,6 +61,13 @@ class Hold:
         return self.phase is not Phase.PROPOSED
 
     @property
+    def allocation(self) -> Allocation:
+        """What it takes from its node: of a pod that is gone only the devices are still taken."""
+        if self.phase is Phase.LEAVING:
+            return Allocation(self.devices, guest=self.demand.terms.guest)
+        return allocation_of(self.demand, self.devices)
+
+    @property
     def unknown(self) -> bool:
         """Whether it holds devices that nobody can name yet."""
         return self.firm and not self.devices and self.demand.takes_devices
@@ -90,24 +99,19 @@ class Ledger:
         """Every hold on a node, oldest first."""
         return tuple(self._by_node.get(node, {}).values())
 
-    def taken(self, node: str, *, but: Iterable[str] = ()) -> tuple[Device, ...]:
-        """Devices on a node that refuse others, leaving out the pods in `but`."""
+    def firmly(self, node: str, *, but: Iterable[str] = ()) -> tuple[Hold, ...]:
+        """The holds on a node that refuse others, leaving out the pods in `but`."""
         without = set(but)
-        return tuple(
-            device
-            for uid, hold in self._by_node.get(node, {}).items()
-            if hold.firm and uid not in without
-            for device in hold.devices
-        )
+        return tuple([hold for uid, hold in self._by_node.get(node, {}).items() if hold.firm and uid not in without])
 
-    def proposed(self, node: str, *, but: str = "") -> tuple[Device, ...]:
-        """Devices on a node that are softly promised to pods other than `but`."""
-        return tuple(
-            device
-            for uid, hold in self._by_node.get(node, {}).items()
-            if not hold.firm and uid != but
-            for device in hold.devices
-        )
+    def taken(self, node: str, *, but: Iterable[str] = ()) -> tuple[Allocation, ...]:
+        """What on a node refuses others, leaving out the pods in `but`."""
+        return tuple([hold.allocation for hold in self.firmly(node, but=but)])
+
+    def proposed(self, node: str, *, but: str = "") -> tuple[Allocation, ...]:
+        """What on a node is softly promised to pods other than `but`."""
+        holds = self._by_node.get(node, {})
+        return tuple([hold.allocation for uid, hold in holds.items() if not hold.firm and uid != but])
 
     def nodes_with_proposals(self) -> frozenset[str]:
         """Where something is softly promised."""
@@ -145,13 +149,13 @@ class Ledger:
     def assume(self, pod: PodRef, demand: Demand, placement: Placement, *, now: float, legal: Legal) -> Refusal | None:
         """Take the devices for a bind, or say why not.
 
-        `legal(taken, devices)` checks the devices against what others firmly hold on that node: the same
-        check that `verify` makes, independent of how the placement was found.
+        `legal(taken, wanted)` checks it against what others firmly hold on that node: the same check that
+        `verify` makes, independent of how the placement was found.
         """
         current = self._holds.get(pod.uid)
         if current is not None and current.firm:
             return Refusal(f"{pod} already has {_names(current)} on {current.node}", resolvable=False)
-        refusal = legal(self.taken(placement.node), placement.devices)
+        refusal = legal(self.taken(placement.node), allocation_of(demand, placement.devices))
         if refusal is None:
             self._put(Hold(pod, placement.node, demand, placement.devices, Phase.ASSUMED, now, placement.prices))
         return refusal
@@ -246,6 +250,11 @@ class Ledger:
         soft.discard(hold.pod.uid)
         if not soft:
             self._soft.pop(hold.node, None)
+
+
+def allocation_of(demand: Demand, devices: tuple[Device, ...]) -> Allocation:
+    """What a pod with this demand takes from its node with these devices."""
+    return Allocation(devices, demand.cpu_milli, demand.memory_mib, demand.terms.guest)
 
 
 def _names(hold: Hold) -> str:

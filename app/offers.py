@@ -3,18 +3,25 @@
 Work grows with changes: a node's rows are made anew when its report, its holds or its standing change, and at
 no other time. Here too is what may *not* be offered although it looks free: nodes whose agent is silent, nodes
 that are being checked again, and devices that could belong to a pod which nobody can place yet.
+
+CPU and memory count for prices and never refuse: kube-scheduler has looked at them before it asks us, and it
+knows of a pod's end before we do.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
+from app.hosts import Hosts
 from app.inventory import Entry, Inventory
-from app.ledger import Hold, Ledger
+from app.ledger import Hold, Ledger, Legal
 from app.translate import EVERY_PROFILE
-from solver import Demand, Device, Node, Placement, Policy, Ranking, Refusal, price, quote
+from solver import Demand, Device, Gpu, Node, Placement, Policy, Ranking, Refusal, price, quote
+from solver.cluster import GPU_MILLI, Allocation, Taken, allocations, devices_of
 from solver.geometry import faults
+from solver.guests import guests_of, may_join
 
-View = tuple[Node, tuple[Device, ...]]
+View = tuple[Node, tuple[Taken, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +35,10 @@ class Priced:
 class Offers:
     """The nodes that may be offered now, their prices, and why the others may not."""
 
-    def __init__(self, inventory: Inventory, ledger: Ledger, *, policy: Policy) -> None:
+    def __init__(self, inventory: Inventory, ledger: Ledger, hosts: Hosts, *, policy: Policy) -> None:
         self._inventory = inventory
         self._ledger = ledger
+        self._hosts = hosts
         self._policy = policy
         self._ranking = Ranking(policy)
         self._barred: dict[str, str] = {}
@@ -73,6 +81,7 @@ class Offers:
     def refresh(self, *, now: float) -> None:
         """Bring the rows of changed nodes up to date."""
         self._dirty |= self._ledger.drain_changes()
+        self._dirty.update([name for name in self._hosts.drain_changes() if self._inventory.get(name) is not None])
         while self._dirty:
             self._update(self._dirty.pop(), now=now)
 
@@ -121,7 +130,7 @@ class Offers:
 
         What was worked out until then is kept, so asking again gets further.
         """
-        prices = self._ranking.prices_while(demand, go_on)
+        prices = self._ranking.prices_while(on_any_host(demand), go_on)
         return None if prices is None else [name for name in names if name in prices]
 
     def refusal(self, demand: Demand, name: str) -> Refusal:
@@ -129,12 +138,16 @@ class Offers:
         fault = self.fault(name)
         if fault:
             return Refusal(fault, resolvable=False)
-        return self._ranking.refusal(demand, name) or Refusal(f"fits {demand} after all; ask again")
+        return self._ranking.refusal(on_any_host(demand), name) or Refusal(f"fits {demand} after all; ask again")
 
     def priced(self, demand: Demand, names: Iterable[str], go_on: Callable[[], bool], *, uid: str) -> Priced:
-        """The price of each fitting node; apart from them those that fit on softly promised devices only."""
-        prices = self._ranking.prices_while(demand, go_on) or {}
-        free = {name: prices[name] for name in names if name in prices}
+        """The price of each fitting node; apart from them those that fit on softly promised devices only.
+
+        Where there is no time to count CPU and memory, or they seem not to suffice, it is the price without them.
+        """
+        exact = self._ranking.prices_while(demand, go_on) or {}
+        prices = self._ranking.prices_while(on_any_host(demand), go_on) or {}
+        free = {name: exact.get(name, prices[name]) for name in names if name in prices}
         promised: dict[str, int] = {}
         for name in self._ledger.nodes_with_proposals():
             if name in free:
@@ -152,35 +165,36 @@ class Offers:
         own = self._ledger.get(uid)
         node, taken = self.view(name)
         stands = own is not None and not own.firm and own.node == name and own.demand == demand
-        if own is not None and stands and legal(node)(taken, own.devices) is None:
+        if own is not None and stands and legal(node)(allocations(taken), own.allocation) is None:
             return Placement(name, own.devices, own.prices)
         promised = self._unspoilt(node, taken, self._ledger.proposed(name, but=uid))
         if promised:
-            softly = quote(node, (*taken, *promised), demand, self._policy)
+            softly = quote(node, (*taken, *promised), on_any_host(demand), self._policy)
             if softly is not None:
                 return softly
-        return self._ranking.best(demand, name) or self.refusal(demand, name)
+        exact = self._ranking.best(demand, name)
+        return exact or self._ranking.best(on_any_host(demand), name) or self.refusal(demand, name)
 
     def without(self, demand: Demand, name: str, victims: Sequence[str]) -> bool:
         """Whether the demand would have a legal step here if these pods were gone."""
         if self.fault(name):
             return False
         node, taken = self.view(name, but=victims)
-        return quote(node, taken, demand, self._policy) is not None
+        return quote(node, taken, on_any_host(demand), self._policy) is not None
 
     def _soft_price(self, demand: Demand, name: str, *, uid: str) -> int | None:
         node, taken = self.view(name)
         promised = self._unspoilt(node, taken, self._ledger.proposed(name, but=uid))
-        return price(node, (*taken, *promised), demand, self._policy)
+        return price(node, (*taken, *promised), on_any_host(demand), self._policy)
 
     @staticmethod
-    def _unspoilt(node: Node, taken: tuple[Device, ...], promised: tuple[Device, ...]) -> tuple[Device, ...]:
+    def _unspoilt(node: Node, taken: tuple[Taken, ...], promised: tuple[Allocation, ...]) -> tuple[Allocation, ...]:
         """Promises that can still be kept: one that meanwhile clashes with a firm hold, or another, is none."""
-        kept: list[Device] = []
-        check = legal(node)
-        for device in promised:
-            if check((*taken, *kept), (device,)) is None:
-                kept.append(device)
+        kept: list[Allocation] = []
+        firm, check = allocations(taken), legal(node)
+        for each in promised:
+            if check((*firm, *kept), each) is None:
+                kept.append(each)
         return tuple(kept)
 
     # -- one node, as the solver may see it -----------------------------------------------------------
@@ -192,13 +206,13 @@ class Offers:
         """
         entry = self._inventory.get(name)
         assert entry is not None
-        holds = [hold for hold in self._ledger.on(name) if hold.firm and hold.pod.uid not in but]
-        taken = [device for hold in holds for device in hold.devices]
+        holds = self._ledger.firmly(name, but=but)
+        taken: list[Taken] = [hold.allocation for hold in holds]
         kept_back, seen = _strangers(entry, holds, but)
         taken += seen
         for hold in holds:
             if hold.unknown:
-                gpus, slices = could_be(hold, entry.node, taken)
+                gpus, slices = could_be(hold, entry.node, devices_of(taken))
                 taken += slices
                 kept_back.update(dict.fromkeys(gpus, f"may be in use by {hold.pod}, which Tangram did not place"))
         for gpu in entry.node.gpus:
@@ -208,10 +222,15 @@ class Offers:
                 kept_back[gpu.uuid] = f"is held by {away.pod} under the node name {away.node}"
             elif len(homes) > 1:
                 kept_back[gpu.uuid] = f"is reported by more than one node: {', '.join(sorted(homes))}"
-        if not kept_back:
-            return entry.node, tuple(taken)
-        gpus_now = tuple(replace(gpu, withheld=gpu.withheld or kept_back.get(gpu.uuid, "")) for gpu in entry.node.gpus)
-        return replace(entry.node, gpus=gpus_now), tuple(taken)
+        return self._as_it_is(entry.node, kept_back, [hold.pod.uid for hold in holds]), tuple(taken)
+
+    def _as_it_is(self, node: Node, kept_back: dict[str, str], holders: Sequence[str]) -> Node:
+        """The reported node with GPUs kept back, and the CPU and memory that the holders and newcomers may use."""
+        if kept_back:
+            gpus = tuple(replace(gpu, withheld=gpu.withheld or kept_back.get(gpu.uuid, "")) for gpu in node.gpus)
+            node = replace(node, gpus=gpus)
+        given = self._hosts.given_but_for(node.name, holders)
+        return node if given is None else replace(node, cpu_milli=given.cpu_milli, memory_mib=given.memory_mib)
 
 
 def _strangers(entry: Entry, holds: Sequence[Hold], but: Sequence[str]) -> tuple[dict[str, str], list[Device]]:
@@ -219,7 +238,7 @@ def _strangers(entry: Entry, holds: Sequence[Hold], but: Sequence[str]) -> tuple
     kept_back: dict[str, str] = {}
     seen: list[Device] = []
     for device, uids in entry.users.items():
-        holders = {hold.pod.uid for hold in holds if device in hold.devices}
+        holders = {hold.pod.uid for hold in holds if _is_on(hold, device)}
         strangers = uids - holders - set(but)
         if not strangers:
             continue
@@ -230,16 +249,23 @@ def _strangers(entry: Entry, holds: Sequence[Hold], but: Sequence[str]) -> tuple
     return kept_back, seen
 
 
-def could_be(hold: Hold, node: Node, taken: Sequence[Device]) -> tuple[list[str], list[Device]]:
-    """What a pod of unknown devices might be using: whole GPUs (UUIDs), and existing slices of its profiles.
+def _is_on(hold: Hold, device: Device) -> bool:
+    """Whether the pod holds the slice; of a GPU outside MIG mode, all or a share of it."""
+    if device.slice is not None:
+        return device in hold.devices
+    return any(each.gpu == device.gpu and each.slice is None for each in hold.devices)
 
-    Where a node does not show enough instances of an asked profile, every GPU that could be cut into it is
-    kept back.
+
+def could_be(hold: Hold, node: Node, taken: Sequence[Device]) -> tuple[list[str], list[Device]]:
+    """What a pod of unknown devices might be using: GPUs (UUIDs), and existing slices of its profiles.
+
+    A GPU that others share is kept back too: nothing tells that the pod is not on it. Where a node does not show
+    enough instances of an asked profile, every GPU that could be cut into it is kept back.
     """
     held = set(taken)
     gpus: list[str] = []
     slices: list[Device] = []
-    if hold.demand.gpus:
+    if hold.demand.gpus or hold.demand.is_shared:
         gpus += [gpu.uuid for gpu in node.gpus if gpu.geometry is None and Device(gpu.uuid) not in held]
     for profile, count in hold.demand.slices:
         if profile == EVERY_PROFILE:
@@ -261,32 +287,53 @@ def could_be(hold: Hold, node: Node, taken: Sequence[Device]) -> tuple[list[str]
     return gpus, slices
 
 
-def legal(node: Node) -> Callable[[tuple[Device, ...], tuple[Device, ...]], Refusal | None]:
+@lru_cache(maxsize=4096)
+def on_any_host(demand: Demand) -> Demand:
+    """The demand without CPU and memory, which kube-scheduler has looked at."""
+    return replace(demand, cpu_milli=0, memory_mib=0) if demand.cpu_milli or demand.memory_mib else demand
+
+
+def legal(node: Node) -> Legal:
     """The check that the ledger makes before it assumes: plain arithmetic on the node, no steps and no prices."""
 
-    def check(taken: tuple[Device, ...], devices: tuple[Device, ...]) -> Refusal | None:
+    def check(taken: tuple[Allocation, ...], wanted: Allocation) -> Refusal | None:
         gpus = {gpu.uuid: gpu for gpu in node.gpus}
-        for device in devices:
+        guest = wanted.guest
+        for device in wanted.devices:
             gpu = gpus.get(device.gpu)
             if gpu is None:
                 return Refusal(f"{device.gpu} is not on {node.name}", resolvable=False)
             if gpu.withheld:
                 return Refusal(f"{device.gpu}: {gpu.withheld}", resolvable=False)
-            others = [other for other in taken if other.gpu == device.gpu]
-            mine = [other for other in devices if other.gpu == device.gpu]
-            if device.slice is None or gpu.geometry is None:
-                if gpu.geometry is not None or device.slice is not None:
-                    return Refusal(f"{device} does not agree with the GPU's MIG mode", resolvable=False)
-                if others or len(mine) > 1:
-                    return Refusal(f"{device} is taken")
-                continue
-            slices = [other.slice for other in (*others, *mine)]
-            if any(each is None for each in slices) or len(set(slices)) < len(slices):
-                return Refusal(f"{device} is taken")
-            idle = [each for each in gpu.instances if each not in slices]
-            wrong = faults(gpu.geometry, [each for each in (*slices, *idle) if each is not None])
-            if wrong:
-                return Refusal(f"{device}: {wrong[0]}")
+            if (device.slice is None) != (gpu.geometry is None):
+                return Refusal(f"{device} does not agree with the GPU's MIG mode", resolvable=False)
+            beside = [each for each in taken if any(other.gpu == gpu.uuid for other in each.devices)]
+            together = [other for each in (*beside, wanted) for other in each.devices if other.gpu == gpu.uuid]
+            refusal = _together_on(gpu, device, together)
+            if refusal is not None:
+                return refusal
+            if not may_join(guests_of([each.guest for each in beside]), guest, "gpu", occupied=bool(beside)):
+                return Refusal(f"{device}: the pods there and this one are not to share a GPU")
+        there = [each.guest for each in taken if each.devices]
+        if wanted.devices and not may_join(guests_of(there), guest, "node", occupied=bool(there)):
+            return Refusal(f"the pods on {node.name} and this one are not to share a node")
         return None
 
     return check
+
+
+def _together_on(gpu: Gpu, device: Device, together: Sequence[Device]) -> Refusal | None:
+    """Why these devices cannot all be on this GPU; `device` is the one that comes, and among them."""
+    if gpu.geometry is not None:
+        slices = [each.slice for each in together]
+        if any(each is None for each in slices) or len(set(slices)) < len(slices):
+            return Refusal(f"{device} is taken")
+        idle = [each for each in gpu.instances if each not in slices]
+        wrong = faults(gpu.geometry, [each for each in (*slices, *idle) if each is not None])
+        return Refusal(f"{device}: {wrong[0]}") if wrong else None
+    if len(together) == 1:
+        return None
+    if not all(each.milli for each in together):
+        return Refusal(f"{device} is taken")
+    left = GPU_MILLI - sum(each.milli for each in together) + device.milli
+    return Refusal(f"{device}: {max(0, left)} milli are left") if device.milli > left else None

@@ -34,7 +34,7 @@ def quantity(value: object) -> Decimal:
 
 @lru_cache(maxsize=4096)
 def _parsed(text: str) -> Decimal:
-    digits = text.rstrip("numkMGTPEi")
+    digits = text.rstrip("numkKMGTPEi")
     try:
         value = Decimal(digits) * _SUFFIXES[text[len(digits) :]]
     except (ArithmeticError, KeyError):

@@ -60,7 +60,10 @@ class Mig(_Wire):
 
 
 class Gpu(_Wire):
-    """One physical GPU. `mig` is None on boards without MIG. `pods` are UIDs of pods with a process on it."""
+    """One physical GPU. `mig` is None on boards without MIG. `pods` are UIDs of pods with a process on it.
+
+    `nic` numbers the network card that is nearest to it, `watts` is its power limit; both may be unknown.
+    """
 
     uuid: Uuid
     index: int = Field(ge=0, le=1023)
@@ -71,6 +74,8 @@ class Gpu(_Wire):
     memory_mib: int = Field(ge=0)
     pci: Text = ""
     numa: int | None = None
+    nic: int | None = Field(default=None, ge=0, le=1023)
+    watts: int = Field(default=0, ge=0, le=100_000)
     health: Literal["ok", "suspect", "bad"] = "ok"
     health_reason: Text = ""
     mig: Mig | None = None

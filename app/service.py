@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 from app.errors import BadInput, KubeError
 from app.extender import Extender
+from app.hosts import Amount, Hosts
 from app.inventory import Inventory, profiles_in
 from app.kube import Event, Kube, Listed
 from app.lease import Lease
@@ -20,7 +21,7 @@ from app.metrics import Metrics
 from app.offers import Offers
 from app.report import NodeReport, Unchanged
 from app.settings import Settings
-from app.translate import WAKE_ANNOTATION, resource_of_profile
+from app.translate import WAKE_ANNOTATION, Json, allocatable_of, resource_of_profile
 from app.truth import Truth, readable
 from app.views import Views
 from app.watch import Watch
@@ -44,8 +45,9 @@ class Service:
         self.kube = kube
         self.ledger = Ledger()
         self.inventory = Inventory(stale_seconds=settings.stale_seconds)
-        self.offers = Offers(self.inventory, self.ledger, policy=DEFAULT_POLICY)
-        self.truth = Truth(self.ledger, self.inventory, clock=clock)
+        self.hosts = Hosts()
+        self.offers = Offers(self.inventory, self.ledger, self.hosts, policy=DEFAULT_POLICY)
+        self.truth = Truth(self.ledger, self.inventory, self.hosts, clock=clock)
         self.views = Views(self.ledger, self.inventory, self.offers, self.truth, clock=clock)
         self.metrics = Metrics(self._gauges)
         self.lease: Lease | None = None
@@ -233,19 +235,29 @@ class Service:
 
     def _nodes_listed(self, result: Listed, asked_at: float) -> None:
         names = {item["metadata"]["name"] for item in result.items}
+        for item in result.items:
+            self._node_gives(item)
         for name in names - self.truth.nodes:
             self.offers.unbar(name)
         for name in self.truth.nodes_listed(names):
             self.offers.bar(name, "the API server has no such node")
+            self.hosts.node_gives(name, None)
 
     def _node_event(self, event: Event) -> None:
         name = event.object["metadata"]["name"]
         if event.type == "DELETED":
             self.truth.nodes.discard(name)
             self.offers.bar(name, "the API server has no such node")
-        elif name not in self.truth.nodes:
+            self.hosts.node_gives(name, None)
+            return
+        self._node_gives(event.object)
+        if name not in self.truth.nodes:
             self.truth.nodes.add(name)
             self.offers.unbar(name)
+
+    def _node_gives(self, node: Json) -> None:
+        given = allocatable_of(node)
+        self.hosts.node_gives(node["metadata"]["name"], None if given is None else Amount(*given))
 
     # -- chores ---------------------------------------------------------------------------------------
 

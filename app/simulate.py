@@ -13,10 +13,10 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 
-from app import report
+from app import inventory, report
 from app.driver import Queue
 from solver.cluster import Gpu, Node
-from solver.geometry import Geometry, Profile
+from solver.geometry import Geometry, Profile, Version
 from solver.samples import parse_samples
 from solver.topology import PCIE_GBS
 
@@ -31,6 +31,9 @@ SLICE_ASKS = (("1g.10gb", 8), ("2g.20gb", 6), ("3g.40gb", 5), ("7g.80gb", 2), ("
 
 LOAD = 1.15
 """Offered load: what arrives in a mean stay over what the fleet has. Above one, so that some must wait."""
+
+DRIVER, CUDA = "580.95.05", "13.0"
+"""What a sample node has that does not say."""
 
 RUSH_SHARE, RUSH = 0.15, 4.0
 """In the first part of the time pods come more often, so that the fleet is full soon and placement matters."""
@@ -50,12 +53,16 @@ def report_of(node: Node) -> report.NodeReport:
         node=node.name,
         boot="simulated",
         version=1,
-        driver="580.95.05",
-        cuda="13.0",
+        driver=_dotted(node.driver) or DRIVER,
+        cuda=_dotted(node.cuda) or CUDA,
         nvml="13.580.95.05",
         gpus=tuple(_gpu(gpu) for gpu in node.gpus),
         links=tuple(_links(node)),
     )
+
+
+def _dotted(version: Version) -> str:
+    return ".".join(map(str, version))
 
 
 def _gpu(gpu: Gpu) -> report.Gpu:
@@ -81,6 +88,10 @@ def _gpu(gpu: Gpu) -> report.Gpu:
         product=gpu.product,
         memory_mib=gpu.memory_mib,
         numa=gpu.numa,
+        nic=gpu.nic,
+        watts=gpu.watts,
+        architecture=gpu.architecture or inventory.UNKNOWN,
+        compute_capability=_dotted(gpu.compute_capability),
         health="bad" if gpu.withheld else "ok",
         health_reason=gpu.withheld,
         mig=mig,

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from app.quantities import mib, milli, quantity, version
+from app.quantities import MIB, mib, milli, quantity, version
 from solver import Demand, Device, Slice
 from solver.cluster import GPU_MILLI
 from solver.demand import Terms
@@ -267,7 +267,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _device_memory(text: str) -> int:
-    if quantity(text) < 2**20:
+    if quantity(text) < MIB:
         raise ValueError(text)
     return mib(text)
 
@@ -434,10 +434,10 @@ def allocatable_of(node: Json) -> tuple[int, int] | None:
     status = node.get("status")
     amounts = status.get("allocatable") if isinstance(status, Mapping) else None
     try:
-        found = _read(amounts) if isinstance(amounts, Mapping) else {}
-    except ValueError:
+        cpu, memory = (amounts["cpu"], amounts["memory"]) if isinstance(amounts, Mapping) else (None, None)
+        return int(1000 * quantity(cpu)), int(quantity(memory) / MIB)
+    except (KeyError, ValueError):
         return None
-    return (found["cpu"], found["memory"]) if len(found) == 2 else None
 
 
 def _count(name: str, amount: object) -> int:

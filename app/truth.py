@@ -5,13 +5,15 @@ Fed by `watch` (events and lists) and by `bind` (single reads). No I/O here; wha
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from app.hosts import NONE, Amount, Hosts
 from app.inventory import Entry, Inventory
 from app.ledger import Hold, Ledger, Phase
 from app.translate import DEFAULT_GRACE_SECONDS, Json, Malformed, Pod, PodRef, Written, pod_of
 from solver import Demand, Device
+from solver.cluster import GPU_MILLI
 
 RECENTLY_GONE = 10_000  # UIDs; kube-scheduler may ask for a pod until its own watch has seen the deletion
 log = logging.getLogger(__name__)
@@ -45,10 +47,17 @@ class Truth:
     """The pods that concern us, the nodes that exist, and the pods that wait."""
 
     def __init__(
-        self, ledger: Ledger, inventory: Inventory, *, clock: Callable[[], float], most_waiting: int = 20_000
+        self,
+        ledger: Ledger,
+        inventory: Inventory,
+        hosts: Hosts,
+        *,
+        clock: Callable[[], float],
+        most_waiting: int = 20_000,
     ) -> None:
         self._ledger = ledger
         self._inventory = inventory
+        self._hosts = hosts
         self._clock = clock
         self._most_waiting = most_waiting
         self.pods: dict[str, Pod] = {}
@@ -72,6 +81,8 @@ class Truth:
         known = self.pods.get(uid)
         if uid in self._gone or (known is not None and _is_older(pod, known)):
             return
+        node = "" if pod.finished else pod.node
+        self._hosts.pod_requests(uid, node, Amount(pod.need.cpu_milli, pod.need.memory_mib))
         if not pod.concerns_us and known is None:
             return
         self.pods[uid] = pod
@@ -100,6 +111,7 @@ class Truth:
         from a list may be younger than the list.
         """
         known = self.pods.pop(uid, None)
+        self._hosts.pod_requests(uid, "", NONE)
         self.waiting.pop(uid, None)
         self.unexplained.pop(uid, None)
         ending = self._ending.pop(uid, None)
@@ -128,6 +140,7 @@ class Truth:
         for item in items:
             listed.add(str((item.get("metadata") or {}).get("uid")))
             self.json_seen(item)
+        self._hosts.pods_are(listed)
         for uid in [uid for uid in self.pods if uid not in listed]:
             hold = self._ledger.get(uid)
             if hold is None or hold.since < asked_at:
@@ -263,7 +276,8 @@ class Truth:
         for hold in self._ledger.on(name):
             if not hold.unknown:
                 continue
-            devices = tuple(device for device, uids in entry.users.items() if hold.pod.uid in uids)
+            seen = [device for device, uids in entry.users.items() if hold.pod.uid in uids]
+            devices = _as_share(seen, hold.demand, entry) or tuple(seen)
             if devices and _meets(devices, hold.demand):
                 self._ledger.explain(hold.pod.uid, devices)
                 self.made_room(name)
@@ -324,6 +338,15 @@ def _seen_idle(entry: Entry, hold: Hold) -> bool:
         return False
     seen = {gpu.uuid for gpu in entry.report.gpus if gpu.health != "bad"}
     return all(device.gpu in seen for device in hold.devices)
+
+
+def _as_share(seen: Sequence[Device], demand: Demand, entry: Entry) -> tuple[Device, ...]:
+    """Where the pod has a share and nothing else: the share of the one GPU on which it was seen."""
+    if not demand.is_shared or len(seen) != 1 or not seen[0].whole:
+        return ()
+    memory = next(gpu.memory_mib for gpu in entry.node.gpus if gpu.uuid == seen[0].gpu)
+    milli = demand.share_of(memory)
+    return (replace(seen[0], milli=milli),) if milli < GPU_MILLI else ()
 
 
 def _meets(devices: Iterable[Device], demand: Demand) -> bool:

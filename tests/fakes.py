@@ -48,8 +48,9 @@ class FakeKube:
 
     # -- what tests do to it --------------------------------------------------------------------------
 
-    def add_node(self, name: str) -> None:
-        self._put("nodes", name, {"metadata": {"name": name, "uid": f"node-{name}"}}, "ADDED")
+    def add_node(self, name: str, **allocatable: str) -> None:
+        status = {"allocatable": allocatable}
+        self._put("nodes", name, {"metadata": {"name": name, "uid": f"node-{name}"}, "status": status}, "ADDED")
 
     def remove_node(self, name: str) -> None:
         self._remove("nodes", name)

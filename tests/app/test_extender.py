@@ -120,6 +120,33 @@ async def test_a_partly_used_node_is_preferred_to_an_empty_one(world):
     assert max(scores, key=lambda each: scores[each]) == node
 
 
+@pytest.mark.parametrize(("cuda", "fits"), [("13.0", False), ("12.9", True), ("11.8", True)])
+async def test_case_18_cuda_above_the_drivers_major_is_refused_in_words(world, cuda, fits):
+    """LLMKube #1424: it crash-looped with no hint. Minor versions within a major are compatible."""
+    world.report("h1", version=2, driver="550.54.14", cuda="12.4")
+    world.add_pod("p", {GPU: "1"}, metadata={"annotations": {"tangram.gpu/cuda": cuda}})
+
+    result = world.filter("p", ["h1"])
+
+    assert bool(result.fitting) is fits
+    if not fits:
+        assert result.unresolvable["h1"] == "needs CUDA 13.0, its driver serves CUDA 12.4 (driver 550.54.14)"
+
+
+async def test_floors_and_products_are_refused_in_words(world):
+    notes = {"tangram.gpu/product": "A100", "tangram.gpu/gpu-memory": "40Gi"}
+    world.add_pod("p", {GPU: "1"}, metadata={"annotations": notes})
+    assert "needs A100 with 40960 MiB or more" in world.filter("p").unresolvable["h1"]
+
+
+async def test_a_pod_that_asks_for_a_share_is_placed_and_told(world):
+    world.add_pod("p", {"tangram.gpu/share-milli": "250"})
+    node = await world.schedule("p")
+    written = read_placement(world.kube.annotations("p")[PLACEMENT_ANNOTATION])
+    assert isinstance(written, Written)
+    assert (written.node, [device.milli for device in written.devices]) == (node, [250])
+
+
 async def test_not_ready_is_an_error_not_a_refusal():
     """A refusal would let kube-scheduler preempt; an error is tried again."""
     world = World({"h1": "8xH100"})

@@ -97,3 +97,25 @@ def test_who_uses_which_device_is_read_from_the_report():
     instance = Instance(profile="3g.40gb", gi_id=1, start=4, size=4, pods=("u",))
     used = gpu.model_copy(update={"mig": gpu.mig.model_copy(update={"instances": (instance,)})})
     assert users_of(report(gpus=(used,), links=())) == {Device(gpu.uuid, Slice("3g.40gb", 4)): frozenset({"u"})}
+
+
+# -- what a GPU and its driver are ---------------------------------------------------------------------------
+
+
+def test_driver_cuda_and_kind_reach_the_solver():
+    node = node_of(report(driver="570.133.20", cuda="12.8"))
+    assert (node.driver, node.cuda) == ((570, 133, 20), (12, 8))
+    assert (node.gpus[0].architecture, node.gpus[0].compute_capability) == ("ampere", (8, 0))
+
+
+@pytest.mark.parametrize(
+    ("said", "read"), [("", ()), ("unknown", ()), ("N/A", ()), ("560.35.03-open", (560, 35, 3)), ("12.4\n", (12, 4))]
+)
+def test_a_version_that_cannot_be_read_is_unknown(said, read):
+    assert node_of(report(driver=said)).driver == read
+
+
+def test_an_unknown_architecture_is_none_that_can_be_asked_for():
+    gpu = report().gpus[0].model_copy(update={"architecture": "unknown", "compute_capability": ""})
+    seen = node_of(report(gpus=(gpu,), links=())).gpus[0]
+    assert (seen.architecture, seen.compute_capability) == ("", ())

@@ -4,6 +4,7 @@ The ledger's own law is in test_ledger.py; these go through the whole service.
 """
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,11 +12,17 @@ import pytest
 
 from app.errors import Conflict, NotFound, Refused, Unknown
 from app.ledger import Phase
+from app.offers import legal
 from app.report import NodeReport
 from app.simulate import report_of
-from app.translate import PLACEMENT_ANNOTATION, write_placement
-from solver import Device
+from app.translate import PLACEMENT_ANNOTATION, PodRef, Written, pod_of, write_placement
+from solver import Demand, Device, Placement
+from solver.cluster import Allocation
+from solver.demand import Terms
+from solver.guests import Guest
 from solver.samples import sample_node
+from solver.steps import read
+from tests.app.law import beside_the_wrong, beyond_the_law
 from tests.app.world import GPU, World
 
 EIGHT = {GPU: "8"}
@@ -282,6 +289,182 @@ async def test_an_older_report_does_not_replace_a_newer_one(world):
     entry = world.service.inventory.get("h1")
     assert entry is not None
     assert len(entry.node.gpus) == 8
+
+
+# -- shares, and who stands beside whom ----------------------------------------------------------------------
+
+SHARE, MILLI = "tangram.gpu/share", "tangram.gpu/share-milli"
+ASKS: tuple[dict[str, str], ...] = (
+    {GPU: "1"},
+    {GPU: "2"},
+    {MILLI: "300"},
+    {MILLI: "500"},
+    {MILLI: "700"},
+    {SHARE: "8000"},
+    {SHARE: "20000"},
+    {"nvidia.com/mig-1g.10gb": "1"},
+    {"nvidia.com/mig-3g.40gb": "1"},
+)
+NOTES: tuple[dict[str, str], ...] = (
+    {},
+    {},
+    {"tangram.gpu/tenant": "red"},
+    {"tangram.gpu/tenant": "blue", "tangram.gpu/isolation": "gpu"},
+    {"tangram.gpu/tenant": "green", "tangram.gpu/isolation": "node"},
+)
+
+
+def on_the_api_server(world: World) -> dict[str, list[Allocation]]:
+    """What pods that may run have been given, as their annotations say it."""
+    given: dict[str, list[Allocation]] = {}
+    for item in world.kube.objects["pods"].values():
+        pod = pod_of(item)
+        if pod.node and not pod.finished and isinstance(pod.written, Written):
+            given.setdefault(pod.node, []).append(Allocation(pod.written.devices, guest=pod.need.terms.guest))
+    return given
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_case_01_shares_and_isolation_keep_the_law_through_restarts(seed):
+    """Random pods on random nodes, several binds at once, ends and restarts; the API server's word is checked."""
+    chance = random.Random(seed)
+    kinds = {"l1": "4xL4", "v1": "8xV100", "m1": "8xA100-mig2"}
+    nodes = {name: sample_node(name, kind) for name, kind in kinds.items()}
+    kube, number, bound = None, 0, 0
+    for _ in range(3):
+        world = World(kinds, on=kube, lease_seconds=1000)
+        kube = world.kube
+        if world.kube.objects["leases"]:
+            world.kube.objects["leases"].clear()
+        async with world.running():
+            for _ in range(12):
+                names = [f"p{number + each}" for each in range(4)]
+                number += 4
+                for name in names:
+                    notes = {"annotations": chance.choice(NOTES)}
+                    world.add_pod(name, dict(chance.choice(ASKS)), metadata=notes)
+                where = [chance.choice(world.filter(name).fitting or ["l1"]) for name in names]
+                errors = await asyncio.gather(*[world.bind(name, at) for name, at in zip(names, where, strict=True)])
+                bound += sum(not error for error in errors)
+                for name in [name for name in list(world.kube.objects["pods"]) if chance.random() < 0.1]:
+                    short = name.removeprefix("default/")
+                    world.kube.change_pod(short, lambda pod: pod["status"].update(phase="Succeeded"))
+                for at, given in on_the_api_server(world).items():
+                    assert beyond_the_law(nodes[at], given) == []
+                    assert beside_the_wrong(given) == []
+                for at, node in nodes.items():
+                    assert beyond_the_law(node, world.service.ledger.taken(at)) == []
+    assert bound > 30
+
+
+async def test_shares_fill_one_gpu_and_no_more_and_come_back_after_a_restart():
+    world = World({"l1": "4xL4"}, lease_seconds=1000)
+    async with world.running():
+        for name, milli in (("p", "300"), ("q", "700"), ("r", "300")):
+            world.add_pod(name, {MILLI: milli})
+            assert await world.schedule(name) == "l1"
+        assert {device.split(":")[0] for name in "pq" for device in world.devices(name)} == {
+            world.devices("p")[0].split(":")[0]
+        }
+        assert world.devices("r")[0].split(":")[0] != world.devices("p")[0].split(":")[0]
+        before = {name: world.devices(name) for name in "pqr"}
+    again = World({"l1": "4xL4"}, on=world.kube, lease_seconds=1000)
+    again.add_pod("s", {GPU: "3"})
+    again.add_pod("t", {GPU: "2"})
+    async with again.running():
+        assert {name: again.devices(name) for name in "pqr"} == before
+        assert not again.filter("s").fitting
+        assert again.filter("t").fitting == ["l1"]
+
+
+async def test_a_share_of_unknown_place_keeps_back_every_gpu_it_could_be_on_until_it_is_seen():
+    world = World({"l1": "4xL4"}, lease_seconds=1000)
+    world.add_pod("p", {SHARE: "8000"}, spec={"nodeName": "l1"})
+    world.add_pod("q", {MILLI: "100"})
+    async with world.running():
+        assert not world.filter("q").fitting
+        report = report_of(sample_node("l1", "4xL4"))
+        seen = report.gpus[2].model_copy(update={"pods": ("uid-p",)})
+        world.report("l1", version=2, gpus=(*report.gpus[:2], seen, *report.gpus[3:]))
+        (device,) = world.devices("p")
+        assert device.startswith(seen.uuid + ":")
+        assert world.filter("q").fitting == ["l1"]
+        assert await world.bind("q", "l1") == ""
+
+
+async def test_a_holder_of_a_share_that_is_seen_on_its_gpu_is_no_stranger(world):
+    world.add_pod("p", {MILLI: "100"})
+    world.add_pod("q", {MILLI: "100"})
+    await world.bind("p", "h1")
+    gpu = world.devices("p")[0].split(":")[0]
+    report = report_of(sample_node("h1", "8xH100"))
+    gpus = tuple(each.model_copy(update={"pods": ("uid-p",) if each.uuid == gpu else ()}) for each in report.gpus)
+    world.report("h1", version=2, gpus=gpus)
+    await world.bind("q", "h1")
+    assert world.devices("q")[0].startswith(gpu)
+
+
+async def test_a_proposal_is_void_once_somebody_who_wants_to_be_apart_stands_there(world):
+    """Its devices are free, but not for this pod any more."""
+    world.add_pod("p", {MILLI: "100"}, metadata={"annotations": {"tangram.gpu/tenant": "red"}})
+    apart = {"annotations": {"tangram.gpu/tenant": "blue", "tangram.gpu/isolation": "gpu"}}
+    world.add_pod("q", {MILLI: "100"}, metadata=apart)
+    world.filter("p", ["h1"])
+    (proposed,) = world.devices("p")
+    taken = world.service.ledger.assume(
+        PodRef("uid-q", "default", "q"),
+        Demand(share_milli=100, terms=Terms(guest=Guest("blue", "", "gpu"))),
+        Placement("h1", (Device(proposed.split(":")[0], milli=100),)),
+        now=world.clock(),
+        legal=legal(sample_node("h1", "8xH100")),
+    )
+    assert taken is None
+    assert await world.bind("p", "h1") == ""
+    assert world.devices("p")[0].split(":")[0] != proposed.split(":")[0]
+
+
+# -- CPU and memory ------------------------------------------------------------------------------------------
+
+
+async def test_cpu_that_seems_to_be_short_never_refuses_what_kube_scheduler_has_granted():
+    """Its cache knows of a pod's end before our watch does."""
+    world = World({"h1": "8xH100"}, lease_seconds=1000)
+    world.kube.remove_node("h1")
+    world.kube.add_node("h1", cpu="4", memory="8Gi")
+    world.add_pod("other", {"cpu": "3"}, spec={"nodeName": "h1"})
+    world.add_pod("p", {GPU: "1", "cpu": "3"})
+    async with world.running():
+        node, _ = world.service.offers.view("h1")
+        assert (node.cpu_milli, node.memory_mib) == (1000, 8192)
+        assert world.filter("p").fitting == ["h1"]
+        assert world.prioritize("p", ["h1"])
+        assert await world.bind("p", "h1") == ""
+
+
+async def test_a_pods_requests_are_counted_once_from_assumption_to_release():
+    world = World({"h1": "8xH100"}, lease_seconds=1000)
+    world.kube.remove_node("h1")
+    world.kube.add_node("h1", cpu="16", memory="64Gi")
+    world.add_pod("p", {GPU: "1", "cpu": "3", "memory": "1Gi"})
+
+    def left() -> tuple[int | None, int | None]:
+        world.service.offers.refresh(now=world.clock())
+        room = read(*world.service.offers.view("h1"))
+        return room.host.cpu_milli, room.host.memory_mib
+
+    async with world.running():
+        assert left() == (16000, 65536)
+        assert await world.bind("p", "h1") == ""
+        assert left() == (13000, 64512)
+        await world.until(lambda: world.service.truth.pods["uid-p"].node)
+        assert left() == (13000, 64512)
+        world.add_pod("daemon", {"cpu": "1"}, spec={"nodeName": "h1"})
+        await world.until(lambda: left() == (12000, 64512))
+        world.kube.change_pod("p", lambda pod: pod["status"].update(phase="Succeeded"))
+        await world.until(lambda: phase(world, "p") is None)
+        assert left() == (15000, 65536)
+        world.kube.remove_pod("daemon")
+        await world.until(lambda: left() == (16000, 65536))
 
 
 # -- coming back, and going on -------------------------------------------------------------------------------

@@ -9,15 +9,19 @@ from app.ledger import Hold, Ledger, Phase
 from app.offers import legal
 from app.translate import PodRef
 from solver import Demand, Device, Node, Placement, Refusal, quote
+from solver.cluster import Allocation, devices_of
+from solver.demand import Terms
+from solver.guests import Guest
 from solver.samples import sample_node
+from tests.app.law import beside_the_wrong, beyond_the_law
 
 
 def ref(name: str) -> PodRef:
     return PodRef(f"uid-{name}", "default", name)
 
 
-def free(taken: tuple[Device, ...], devices: tuple[Device, ...]) -> Refusal | None:
-    return Refusal("taken") if set(taken) & set(devices) else None
+def free(taken: tuple[Allocation, ...], wanted: Allocation) -> Refusal | None:
+    return Refusal("taken") if set(devices_of(taken)) & set(wanted.devices) else None
 
 
 ONE = Demand(1)
@@ -37,7 +41,7 @@ def test_a_proposal_refuses_nobody(ledger):
     ledger.propose(ref("p"), ONE, on("n", A), now=0)
 
     assert ledger.taken("n") == ()
-    assert ledger.proposed("n") == (A,)
+    assert devices_of(ledger.proposed("n")) == (A,)
     assert ledger.assume(ref("q"), ONE, on("n", A), now=0, legal=free) is None
 
 
@@ -56,7 +60,7 @@ def test_a_newer_proposal_replaces_the_older_one_also_on_another_node(ledger):
     ledger.propose(ref("p"), ONE, on("m", B), now=1)
 
     assert ledger.proposed("n") == ()
-    assert ledger.proposed("m") == (B,)
+    assert devices_of(ledger.proposed("m")) == (B,)
 
 
 def test_an_assumed_placement_refuses_others_in_words(ledger):
@@ -79,7 +83,7 @@ def test_time_alone_never_ends_an_assumed_placement(ledger):
     ledger.assume(ref("p"), ONE, on("n", A), now=0, legal=free)
 
     assert ledger.expire(before=1e9) == []
-    assert ledger.taken("n") == (A,)
+    assert devices_of(ledger.taken("n")) == (A,)
 
 
 def test_confirm_forget_and_release_end_where_the_drawing_says(ledger):
@@ -89,7 +93,7 @@ def test_confirm_forget_and_release_end_where_the_drawing_says(ledger):
     assert ledger.get("uid-p") == Hold(ref("p"), "n", ONE, (A,), Phase.HELD, 1)
 
     ledger.leave("uid-p", now=2, not_before=2)
-    assert ledger.taken("n") == (A,)
+    assert devices_of(ledger.taken("n")) == (A,)
     assert [hold.pod for hold in ledger.leaving()] == [ref("p")]
 
     ledger.release("uid-p")
@@ -111,7 +115,7 @@ def test_a_device_that_two_pods_have_on_the_api_server_is_free_when_both_are_gon
     for name in ("p", "q"):
         ledger.restore(Hold(ref(name), "n", ONE, (A,), Phase.HELD, 0))
     ledger.release("uid-p")
-    assert ledger.taken("n") == (A,)
+    assert devices_of(ledger.taken("n")) == (A,)
     ledger.release("uid-q")
     assert ledger.taken("n") == ()
 
@@ -125,27 +129,35 @@ def test_changes_name_only_nodes_whose_firm_holds_changed(ledger):
     assert ledger.drain_changes() == {"m"}
 
 
-NODES = {name: sample_node(name, kind) for name, kind in (("h", "8xH100"), ("a", "8xA100-mig"))}
+NODES = {name: sample_node(name, kind) for name, kind in (("h", "8xH100"), ("l", "4xL4"), ("a", "8xA100-mig"))}
+RED, BLUE, ALONE = Guest("red"), Guest("blue", "serving"), Guest("green", "", "node")
+APART = Guest("blue", "", "gpu")
 DEMANDS = [
     Demand(1),
     Demand(2),
-    Demand(4),
+    Demand(4, terms=Terms(guest=ALONE)),
     Demand(0, (("1g.10gb", 1),)),
-    Demand(0, (("3g.40gb", 1),)),
+    Demand(0, (("1g.10gb", 1),), terms=Terms(guest=APART)),
+    Demand(0, (("3g.40gb", 1),), terms=Terms(guest=RED)),
     Demand(0, (("7g.80gb", 1),)),
+    Demand(share_milli=300),
+    Demand(share_milli=500, terms=Terms(guest=RED)),
+    Demand(share_milli=700, terms=Terms(guest=BLUE)),
+    Demand(share_mib=10_000, terms=Terms(guest=APART)),
+    Demand(share_milli=200, terms=Terms(guest=ALONE)),
 ]
-PODS = [ref(f"p{number}") for number in range(12)]
+PODS = [ref(f"p{number}") for number in range(16)]
 
 
 class TheLaw(RuleBasedStateMachine):
-    """In no order of events is a device or slice promised beyond what it has (case 1)."""
+    """In no order of events is a device, slice or share promised beyond what it has, or to the wrong neighbour."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ledger = Ledger()
         self.now = 0.0
 
-    def stale_choice(self, node: Node, demand: Demand, seen: tuple[Device, ...]) -> Placement | None:
+    def stale_choice(self, node: Node, demand: Demand, seen: tuple[Allocation, ...]) -> Placement | None:
         return quote(node, seen, demand)
 
     @rule(
@@ -169,7 +181,9 @@ class TheLaw(RuleBasedStateMachine):
     def assume(self, pod: PodRef, demand: Demand, name: str, blind: bool) -> None:
         placement = self.stale_choice(NODES[name], demand, () if blind else self.ledger.taken(name))
         if placement:
-            self.ledger.assume(pod, demand, placement, now=self.now, legal=legal(NODES[name]))
+            refusal = self.ledger.assume(pod, demand, placement, now=self.now, legal=legal(NODES[name]))
+            holds = self.ledger.get(pod.uid)
+            assert blind or refusal is None or (holds is not None and holds.firm), f"{demand}: {refusal}"
 
     @rule(pod=st.sampled_from(PODS))
     def assume_what_was_proposed(self, pod: PodRef) -> None:
@@ -195,19 +209,9 @@ class TheLaw(RuleBasedStateMachine):
     @invariant()
     def nothing_is_promised_twice(self) -> None:
         for name, node in NODES.items():
-            used: set[tuple[str, int]] = set()
-            sizes = {(g.uuid, p.name): p.size for g in node.gpus if g.geometry for p in g.geometry.profiles}
-            for device in self.ledger.taken(name):
-                units = (
-                    {(device.gpu, unit) for unit in range(16)}
-                    if device.slice is None
-                    else {
-                        (device.gpu, device.slice.start + unit)
-                        for unit in range(sizes[device.gpu, device.slice.profile])
-                    }
-                )
-                assert not units & used, f"{device} overlaps"
-                used |= units
+            taken = self.ledger.taken(name)
+            assert beyond_the_law(node, taken) == []
+            assert not beside_the_wrong(taken)
 
     @invariant()
     def the_indexes_agree_with_the_holds(self) -> None:

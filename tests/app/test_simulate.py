@@ -49,10 +49,10 @@ def _as_asked(node: Node) -> Node:
 
 @pytest.mark.parametrize("kind", _kinds())
 def test_a_report_means_the_node_it_was_made_from(kind: str) -> None:
-    """The inventory reads back the same GPUs, geometry and links."""
+    """The inventory reads back the same GPUs, geometry and links; a sample without a driver gets one."""
     node = sample_node("n", kind)
 
-    assert inventory.node_of(report_of(node)) == _as_asked(node)
+    assert inventory.node_of(report_of(node)) == replace(_as_asked(node), driver=(580, 95, 5), cuda=(13, 0))
 
 
 def test_the_fleet_of_the_demo_is_forty_nodes() -> None:

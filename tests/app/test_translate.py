@@ -135,7 +135,7 @@ def test_cpu_is_counted_in_thousandths_rounded_up(amount, cpu):
 
 @pytest.mark.parametrize(
     ("amount", "memory"),
-    [("1Gi", 1024), ("128974848", 123), ("129e6", 124), ("129M", 124), ("1500m", 1), ("1.5Gi", 1536)],
+    [("1Gi", 1024), ("128974848", 123), ("129e6", 124), ("2048Ki", 2), ("129M", 124), ("1500m", 1), ("1.5Gi", 1536)],
 )
 def test_memory_is_counted_in_mib_rounded_up(amount, memory):
     assert ask({"containers": [requesting(memory=amount)]}) == Demand(memory_mib=memory)

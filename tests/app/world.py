@@ -18,17 +18,21 @@ GPU = "nvidia.com/gpu"
 
 
 class World:
-    """A service on sample nodes. `nodes` maps names to sample kinds ("8xH100", "8xA100-mig", ...)."""
+    """A service on sample nodes. `nodes` maps names to sample kinds ("8xH100", "8xA100-mig", ...).
 
-    def __init__(self, nodes: dict[str, str], *, kube: bool = True, **knobs: Any) -> None:
+    `on`: the API server of an earlier world, as after a restart.
+    """
+
+    def __init__(self, nodes: dict[str, str], *, kube: bool = True, on: FakeKube | None = None, **knobs: Any) -> None:
         self.clock = Clock()
-        self.kube = FakeKube()
+        self.kube = on or FakeKube()
         self.settings = Settings(standalone=not kube, plain=True, identity="us", **{"blind_seconds": 0, **knobs})
         self.nodes = nodes
         self.service: Service = build(self.settings, kube=self.kube if kube else None, clock=self.clock)
         self.with_kube = kube
         for name in nodes:
-            self.kube.add_node(name)
+            if name not in self.kube.objects["nodes"]:
+                self.kube.add_node(name)
 
     def report(self, name: str, **changes: Any) -> None:
         """The node's agent reports, with these fields changed."""
