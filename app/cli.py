@@ -192,6 +192,38 @@ def demo(
 
 
 @app.command()
+def plan(
+    nodes: Annotated[Path, typer.Option(help="Node reports, as `tangram nodes` writes them.")],
+    pods: Annotated[Path, typer.Option(help="Pods: `kubectl get pods -A -o json`, or manifests.")],
+    policy: Annotated[Path | None, typer.Option(help="A policy file (YAML).")] = None,
+    seconds: Annotated[float, typer.Option(min=0, max=3600, help="After so long the best plan so far.")] = 60.0,
+    market: Annotated[bool, typer.Option(help="Solve value tables for the MIG boards first (seconds each).")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """A joint plan for all pods of a file that have no node: where, what proof, at what price, and why not."""
+    from app.errors import BadInput
+    from app.plan_files import plan_as_json, read_files, with_tables
+    from app.policy import read_policy
+    from solver import DEFAULT_POLICY
+    from solver.flow import solve
+
+    try:
+        files = read_files(nodes, pods)
+        chosen = DEFAULT_POLICY if policy is None else read_policy(policy)
+    except BadInput as wrong:
+        raise Failed(str(wrong), MISUSE) from None
+    if market:
+        chosen = with_tables(chosen, files.problem.snapshot.nodes)
+    found = plan_as_json(files, solve(files.problem, chosen, time_limit_seconds=seconds), chosen)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        return
+    from app.show import show_plan
+
+    show_plan(found, console=_console())
+
+
+@app.command()
 def tables(
     geometry: Annotated[list[str] | None, typer.Option(help="A product's key or classic; may be repeated.")] = None,
     mix: Annotated[str, typer.Option(help="uniform, skew-big, or a number for each profile: 5,10,10,20.")] = "uniform",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ def show_cluster(cluster: Json, *, match: str, console: Console) -> None:
     console.print(
         f"{t['nodes_offered']} of {t['nodes']} nodes offered · "
         f"{t['gpus_held']} of {t['gpus'] - t['mig_gpus']} whole GPUs held · "
-        f"{t['mig_units_held']} of {t['mig_units']} MIG units held ({t['slices_held']} slices) · "
+        + (f"{t['shares_held']} shares on {t['gpus_shared']} more · " if t["shares_held"] else "")
+        + f"{t['mig_units_held']} of {t['mig_units']} MIG units held ({t['slices_held']} slices) · "
         f"pods: {t['pods_held']} held, {t['pods_assumed']} assumed, {t['pods_waiting']} waiting"
     )
     table = Table()
@@ -63,7 +65,7 @@ def _node_row(node: Json) -> tuple[Text, ...]:
 
 
 def _pods_on(gpus: Iterable[Json]) -> set[str]:
-    parts = [part for gpu in gpus for part in (gpu, *gpu["slices"])]
+    parts = [part for gpu in gpus for part in (gpu, *gpu["slices"], *gpu["shares"])]
     return {part["pod"]["uid"] for part in parts if part["pod"]}
 
 
@@ -126,13 +128,48 @@ def show_pod(pod: Json, *, console: Console) -> None:
     table.add_row("For", _since(pod))
     table.add_row("Asks", Text(pod["demand"]))
     table.add_row("Node", Text(pod["node"] or "none yet"))
-    for number, device in enumerate(pod["devices"]):
-        table.add_row("" if number else "Devices", Text(device))
+    for number, (device, words) in enumerate(zip(pod["devices"], pod["devices_in_words"], strict=True)):
+        table.add_row("" if number else "Devices", Text(f"{words}  {device}"))
     title = "Why it waits" if pod["phase"] == "waiting" else "Why here"
     table.add_row(title, Text(pod["reason"] or "No reason was recorded."))
     for number, (goal, price) in enumerate(pod.get("prices", {}).items()):
         table.add_row("" if number else "Price", Text(f"{goal.replace('_', ' ')}: {price} milli-GPU"))
     console.print(table)
+
+
+def show_plan(plan: Json, *, console: Console) -> None:
+    """A joint plan: how good it is, where each pod goes and at what price, and why the others go nowhere."""
+    proof = "proven optimal" if plan["status"] == "optimal" else f"{plan['status']}, gap {plan['gap']:.2%}"
+    console.print(
+        f"{len(plan['placed'])} of {len(plan['placed']) + len(plan['unplaced'])} pods placed · "
+        f"{proof} under policy {escape(plan['policy'])} · {plan['seconds'] * 1000:.0f} ms in solvers"
+    )
+    for warning in plan["warnings"]:
+        console.print(f"[yellow]Warning:[/] {escape(warning)}")
+    tiers = Table()
+    for title in ("Minimised in this order", "Value", "Bound", "Status"):
+        tiers.add_column(title, justify="right" if title in ("Value", "Bound") else "left")
+    for tier in plan["tiers"]:
+        tiers.add_row(Text(tier["name"]), str(tier["value"]), str(tier["bound"]), tier["status"])
+    console.print(tiers)
+    if plan["placed"]:
+        table = Table()
+        for title in ("Placed", "Asks", "Node", "Devices", "Price, milli-GPU"):
+            table.add_column(title)
+        for row in plan["placed"]:
+            weighed = {goal: price for goal, price in row["prices"].items() if goal in plan["weighed"]}
+            prices = ", ".join(f"{goal} {price}" for goal, price in weighed.items()) or "0"
+            table.add_row(*map(Text, (row["pod"], row["asks"], row["node"], row["where"], prices)))
+        console.print(table)
+    left = [(row["pod"], row["asks"], row["reason"]) for row in plan["unplaced"]]
+    left += [(row["pod"], "", row["reason"]) for row in plan["malformed"]]
+    if left:
+        table = Table()
+        for title in ("Not placed", "Asks", "Why"):
+            table.add_column(title)
+        for row in left:
+            table.add_row(*map(Text, row))
+        console.print(table)
 
 
 def _name(pod: Json) -> str:
@@ -152,5 +189,5 @@ def _since(pod: Json) -> Text:
 
 def _short(device: str) -> str:
     """A GPU's UUID to its first group: enough to tell two apart on a node."""
-    gpu, slash, piece = device.partition("/")
-    return f"{gpu[:12]}…{slash}{piece}"
+    gpu, sign, piece = re.match(r"([^/:]*)([/:]?)(.*)", device).groups()  # type: ignore[union-attr]  # it always does
+    return f"{gpu[:12]}…{sign}{piece}"
