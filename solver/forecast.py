@@ -24,7 +24,7 @@ from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
-from ortools.linear_solver import pywraplp
+import ortools.linear_solver.pywraplp as pywraplp
 
 from solver.cluster import GPU_MILLI
 from solver.steps import Host

@@ -10,15 +10,18 @@ add up to what they take together, in any order.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from solver.cluster import GPU_MILLI
 from solver.geometry import Cut, Geometry, empty
 from solver.steps import Host, State
-from solver.topology import Board, bandwidth, best_bandwidth, fewest_places, places, subsets, ways
+from solver.topology import Board, Counts, bandwidth, best_bandwidth, fewest_places, places, subsets, ways
 
 if TYPE_CHECKING:
     from solver.forecast import Forecast
@@ -69,11 +72,57 @@ class Values:
             return 0
         lost = _links_lost_by_the_next(state.board, state.idle)
         if self.forecast is not None:
-            return self.forecast.of(state) - lost
+            return _foreseen(self.forecast, state) - lost
         return _room_for_large_asks(state.board.size, state.idle, state.shared) - lost
+
+    def of_hosts(self, wiring: Board, lefts: Sequence[Left], cpu_milli: Floats, left_of: Ints, cpu_of: Ints) -> Ints:
+        """The same for many hosts with one board at once: host i has `lefts[left_of[i]]` of its GPUs and
+        `cpu_milli[cpu_of[i]]` of its CPU (infinite where it is not known).
+        """
+        if not wiring.size:
+            return np.zeros(len(left_of), dtype=np.int64)
+        left = _by_product(wiring, lefts)
+        if self.forecast is not None:
+            worth = self.forecast.of_many(left, cpu_milli, left_of, cpu_of)
+        else:
+            worth = _rooms_for_large_asks(wiring.size, left)[left_of]
+        if len(wiring.classes) < 2:
+            return worth
+        lost = np.array([_links_lost_by_the_next(wiring, idle) for idle, _ in lefts], dtype=np.int64)
+        return worth - lost[left_of]
 
 
 DEFAULT_VALUES = Values()
+
+
+Left = tuple[Counts, Sequence[Sequence[int]]]
+"""What is left of a host's GPUs by class: how many are idle, and the milli of each that is shared."""
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@lru_cache(maxsize=16384)
+def _foreseen(forecast: Forecast, state: Host) -> int:
+    return forecast.of(state)
+
+
+def _by_product(wiring: Board, lefts: Sequence[Left]) -> dict[str, Ints]:
+    """The milli left of each GPU, by product: a row for each, 0 where nothing is left."""
+    classes: dict[str, list[int]] = {}
+    for c, kind in enumerate(wiring.kinds):
+        classes.setdefault(kind.product, []).append(c)
+    made = {}
+    for product, members in classes.items():
+        width = sum(len(wiring.classes[c]) for c in members)
+        rows = []
+        for idle, shared in lefts:
+            row = [GPU_MILLI] * sum([idle[c] for c in members])
+            for c in members:
+                row += shared[c]
+            rows.append(row + [0] * (width - len(row)))
+        made[product] = np.array(rows, dtype=np.int64)
+    return made
 
 
 @lru_cache(maxsize=65536)
@@ -104,6 +153,15 @@ def _room_for_large_asks(size: int, idle: tuple[int, ...], shared: tuple[tuple[t
     """Best fit: convex in the idle GPUs, and in what is left of each shared one."""
     squares = GPU_MILLI**2 * sum(idle) ** 2 + sum(milli**2 for parts in shared for milli, _ in parts)
     return round(squares / (GPU_MILLI * size))
+
+
+def _rooms_for_large_asks(size: int, left: Mapping[str, Ints]) -> Ints:
+    """The same by row."""
+    rows = np.concatenate(list(left.values()), axis=1)
+    idle = (rows == GPU_MILLI).sum(axis=1)
+    squares = GPU_MILLI**2 * idle * (idle - 1) + (rows * rows).sum(axis=1)
+    worth: Ints = np.rint(squares / (GPU_MILLI * size)).astype(np.int64)
+    return worth
 
 
 @lru_cache(maxsize=65536)

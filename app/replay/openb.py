@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Protocol
 from app.replay.mig import percentile
 from app.replay.rules import RULES, AtRandom, Board, Fragmentation, Kinds, rule_called
 from app.replay.trace import GPU_MILLI, SIZES, Books, Machine, Pod, arrivals, read_machines, read_pods
-from solver.cluster import Allocation, Gpu, Node
+from solver.cluster import Allocation, Device, Gpu, Node
 from solver.demand import Demand, Terms
 from solver.forecast import Forecast, Shape
 from solver.goals import Policy as Prices
@@ -84,15 +84,12 @@ class Potential:
         self._books, self._chance = books, chance
         self._nodes = [node_of(machine) for machine in trace.machines]
         self._place = {node.name: i for i, node in enumerate(self._nodes)}
-        order = list(range(len(self._nodes)))
-        if fixed_ties:
-            chance.shuffle(order)
-        self._order = order if fixed_ties else None
+        self._fixed_ties = fixed_ties
         self._taken: list[list[Allocation]] = [[] for _ in self._nodes]
         self._demands = {pod: demand_of(pod) for pod in set(trace.pods)}
         self._forecast = forecast
         self._ranking = Ranking(self._renewed())
-        for node in self._nodes:
+        for node in chance.sample(self._nodes, len(self._nodes)) if fixed_ties else self._nodes:
             self._ranking.put(node)
         for demand in self._demands.values():
             self._ranking.cheapest(demand)
@@ -107,13 +104,9 @@ class Potential:
     def choose(self, pod: Pod) -> Choice | None:
         """The cheapest node, and on it the cheapest devices."""
         demand = self._demands[pod]
-        names = self._ranking.cheapest(demand)
-        if not names:
+        name = self._ranking.cheapest(demand, None if self._fixed_ties else self._chance)
+        if name is None:
             return None
-        if self._order is not None:
-            name = min(names, key=lambda name: self._order[self._place[name]])
-        else:
-            name = names[0] if len(names) == 1 else self._chance.choice(names)
         placement = self._ranking.best(demand, name)
         assert placement is not None
         return self._place[name], tuple(int(device.gpu.rpartition("/")[2]) for device in placement.devices)
@@ -122,7 +115,6 @@ class Potential:
         """Put the node anew, with what is on it now."""
         place, gpus = choice
         node, demand = self._nodes[place], self._demands[pod]
-        from solver.cluster import Device
         devices = tuple(Device(node.gpus[gpu].uuid, milli=demand.share_milli) for gpu in gpus)
         self._taken[place].append(Allocation(devices, pod.cpu_milli, pod.memory_mib))
         self._ranking.put(node, self._taken[place])
@@ -166,7 +158,15 @@ def forecast_of(trace: Trace) -> Forecast:
 class ByRule:
     """One of `rules`."""
 
-    def __init__(self, name: str, trace: Trace, books: Books, fragmentation: Fragmentation, chance: random.Random, fixed_ties: bool):
+    def __init__(
+        self,
+        name: str,
+        trace: Trace,
+        books: Books,
+        fragmentation: Fragmentation,
+        chance: random.Random,
+        fixed_ties: bool,
+    ):
         kinds = Kinds.of(trace.pods)
         if name == RANDOM:
             self._board: Board | AtRandom = AtRandom(books, kinds, chance=chance)

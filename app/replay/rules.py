@@ -98,7 +98,8 @@ def _smallest(view: View) -> Ints:
     """The GPU with the least left that is enough, by kind of pod."""
     if not len(view.left):
         return np.zeros(len(view.kinds.pods), dtype=np.int64)
-    return np.where(view.room, view.left, GPU_MILLI + 1).argmin(axis=1)
+    smallest: Ints = np.where(view.room, view.left, GPU_MILLI + 1).argmin(axis=1)
+    return smallest
 
 
 class Fgd:
