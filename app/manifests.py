@@ -20,6 +20,7 @@ from app.translate import (
     ASK_RESOURCE,
     GPU_RESOURCE,
     PLACEMENT_ANNOTATION,
+    SHARE_MILLI_RESOURCE,
     SHARE_RESOURCE,
     resource_of_profile,
 )
@@ -57,7 +58,7 @@ def managed_resource_names() -> tuple[str, ...]:
     """Every resource name for which kube-scheduler must ask us: the list is matched by exact name."""
     profiles = {profile.name for product in PRODUCTS if product.geometry for profile in product.geometry.profiles}
     slices = sorted(resource_of_profile(profile) for profile in (*profiles, *OTHER_PROFILES))
-    return (GPU_RESOURCE, SHARE_RESOURCE, ASK_RESOURCE, *dict.fromkeys(slices))
+    return (GPU_RESOURCE, SHARE_RESOURCE, SHARE_MILLI_RESOURCE, ASK_RESOURCE, *dict.fromkeys(slices))
 
 
 def scheduler_configuration(

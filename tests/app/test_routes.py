@@ -81,6 +81,22 @@ async def test_slices_are_shown_where_they_stand(client):
     assert (piece["profile"], piece["size"], piece["pod"]["name"]) == ("3g.40gb", 4, "p")
 
 
+async def test_shares_are_shown_on_their_gpu_and_counted(client):
+    for name, milli in (("p", "250"), ("q", "500")):
+        placed = await place(client, pod_json(name, {"tangram.gpu/share-milli": milli}))
+    node = (await client.get(f"/v1/nodes/{placed['node']}")).json()
+    (gpu,) = [gpu for gpu in node["gpus"] if gpu["shares"]]
+    assert (gpu["phase"], gpu["pod"]) == ("shared", None)
+    assert [(share["milli"], share["phase"], share["pod"]["name"]) for share in gpu["shares"]] == [
+        (250, "held", "p"),
+        (500, "held", "q"),
+    ]
+    assert placed["devices"] == [f"{gpu['uuid']}:500m"]
+    assert placed["devices_in_words"] == [f"500 milli of GPU {gpu['index']}"]
+    totals = (await client.get("/v1/cluster")).json()["totals"]
+    assert (totals["gpus_held"], totals["gpus_shared"], totals["shares_held"], totals["milli_held"]) == (0, 1, 2, 750)
+
+
 async def test_waiting_pods_are_shown_with_the_reason(client):
     names = await nodes(client)
     await client.post("/filter", json={"Pod": pod_json("p", {GPU: "9"}), "Nodes": None, "NodeNames": names})

@@ -60,6 +60,9 @@ class Canned:
             "nodes_offered": sum(n["offered"] for n in self.nodes),
             "gpus": len(gpus),
             "gpus_held": sum(g["phase"] == "held" for g in gpus),
+            "gpus_shared": sum(bool(g["shares"]) for g in gpus),
+            "shares_held": sum(len(g["shares"]) for g in gpus),
+            "milli_held": sum(s["milli"] for g in gpus for s in g["shares"]),
             "mig_gpus": sum(g["mig"] for g in gpus),
             "mig_units": sum(g["width"] for g in gpus),
             "mig_units_held": sum(s["size"] for s in slices),
@@ -140,6 +143,7 @@ def gpu(index: int, *, phase: str = "free", pod: Json | None = None, reason: str
         "mig": mig,
         "width": 8 if mig else 0,
         "slices": [],
+        "shares": [],
     }
 
 
@@ -187,6 +191,11 @@ def lively(count: int = 40, seed: int = 7) -> Canned:
         off = i == 5
         canned.nodes.append(node(name, gpus, offered=not off, reason="no report for 41 s" if off else ""))
     canned.nodes[1]["gpus"][3].update(phase="withheld", pod=None, reason="XID 79: the GPU has fallen off the bus")
+    shared = next(g for g in canned.nodes[3]["gpus"] if g["phase"] == "free")
+    for milli, phase in ((250, "held"), (500, "assumed")):
+        who = _new_pod(canned, phase, f"{milli} milli of a GPU", canned.nodes[3]["name"], f"{shared['uuid']}:{milli}m")
+        shared["shares"].append({"milli": milli, "phase": phase, "pod": who})
+    shared["phase"] = "shared"
     for i in range(5):
         canned.pods.append(
             pod(f"w{i}", f"train-xl-{i}", "waiting", "8 GPUs", None, [],

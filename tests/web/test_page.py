@@ -37,6 +37,22 @@ def test_shows_every_node_with_its_gpus_and_slices_in_place(stub: Stub, open_pag
     assert box["width"] / board["width"] == pytest.approx(piece["size"] / 8, abs=0.04)
 
 
+def test_shares_are_drawn_as_wide_as_they_are_and_told_in_words(stub: Stub, open_page: Open) -> None:
+    page = open_page(stub.url)
+    share = next(s for n in stub.canned.nodes for g in n["gpus"] for s in g["shares"])
+    drawn = page.locator(f'.slice[data-uid="{share["pod"]["uid"]}"]')
+    expect(drawn).to_be_visible()
+    box, board = drawn.bounding_box(), drawn.locator("..").bounding_box()
+
+    assert box is not None
+    assert board is not None
+    assert box["width"] / board["width"] == pytest.approx(share["milli"] / 1000, abs=0.03)
+    assert "250 milli of GPU" in (drawn.get_attribute("title") or "")
+    page.locator(f'.node:has(.slice[data-uid="{share["pod"]["uid"]}"]) a').first.click()
+    expect(page.locator("#detail")).to_contain_text("250 milli held")
+    expect(page.locator("#detail")).to_contain_text("250 milli free on 1 shared GPU")
+
+
 def test_every_phase_is_told_by_more_than_colour(stub: Stub, open_page: Open) -> None:
     page = open_page(stub.url)
     expect(page.locator(".node").first).to_be_visible()
