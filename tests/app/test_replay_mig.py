@@ -13,7 +13,6 @@ from app.replay.mig import (
     CLASSIC,
     POLICIES,
     Cheapest,
-    Chooser,
     Fleet,
     Repacked,
     Workload,
@@ -24,7 +23,7 @@ from app.replay.mig import (
     seeds_from,
     weights_for,
 )
-from solver.geometry import Cut, Geometry, cut, placed_states
+from solver.geometry import Cut, Geometry, Slice, cut, placed_states
 from solver.market import solve_table
 from tests.app.test_cli import tangram
 from tests.builders import A30, RTX
@@ -138,7 +137,7 @@ def test_the_market_decides_by_the_prices_of_the_service() -> None:
         if picked is None:
             assert not starts
             continue
-        after = {start: table.of(state.add(mig.Slice(profile.name, start))) for start in starts}
+        after = {start: table.of(state.add(Slice(profile.name, start))) for start in starts}
         assert picked.slice.start == min(start for start in starts if after[start] == max(after.values()))
 
 
