@@ -281,6 +281,35 @@ def mig(
     show(workload, results, _console())
 
 
+@replays.command()
+def openb(
+    nodes: Annotated[Path, typer.Option(help="CSV of nodes: sn, cpu_milli, memory_mib, gpu, model.")],
+    pods: Annotated[Path, typer.Option(help="CSV of pods: cpu_milli, memory_mib, num_gpu, gpu_milli, gpu_spec.")],
+    policy: Annotated[list[str] | None, typer.Option(help="A policy, or all; may be repeated.")] = None,
+    seeds: Annotated[str, typer.Option(help="Which arrivals: 42-51, or 1,4,9.")] = "42-51",
+    ties: Annotated[str, typer.Option(help="fixed or random; if not given, as the policy's authors do.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """A trace of shared and whole GPUs fills a cluster: how much of it each policy can use."""
+    from app.errors import BadInput
+    from app.replay.mig import seeds_from
+    from app.replay.openb import POLICIES, Trace, replay, show
+    from app.replay.openb import as_json as json_of
+
+    names = list(POLICIES) if policy and "all" in policy else policy or ["potential"]
+    if ties not in ("", "fixed", "random"):
+        raise Failed(f"--ties {ties}: fixed or random", MISUSE)
+    try:
+        trace, chosen = Trace.read(nodes, pods), seeds_from(seeds)
+        results = [replay(trace, name, chosen, fixed_ties=ties == "fixed" if ties else None) for name in names]
+    except (BadInput, ValueError) as wrong:
+        raise Failed(str(wrong), MISUSE) from None
+    if as_json:
+        typer.echo(json.dumps(json_of(results), indent=1, ensure_ascii=False))
+        return
+    show(trace, results, _console())
+
+
 # ------------------------------------------------------------------------------------------------------ installing
 
 

@@ -20,6 +20,8 @@ from heapq import heappop, heappush
 from statistics import fmean, stdev
 from typing import NamedTuple, Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from ortools.sat.python import cp_model
 from rich.console import Console
 from rich.table import Table as Grid
@@ -339,25 +341,18 @@ def first_fit(workload: Workload) -> FirstFit:
 
 
 class Repacked:
-    """A fleet on which everything may move whenever something arrives: lost only if no packing holds it all.
+    """A fleet on which everything may move whenever something arrives: lost only if no packing holds it all."""
 
-    Packings are counts of fillings of one GPU. Each one found is a witness for later, and so is each set of
-    slices that none was found for, so that CP-SAT is asked seldom.
-    """
-
-    def __init__(self, geometry: Geometry, gpus: int) -> None:
-        self._gpus = gpus
+    def __init__(self, geometry: Geometry, packings: Packings) -> None:
         self._rows = {profile.name: i for i, profile in enumerate(geometry.profiles)}
-        self._fillings = fillings(geometry)
+        self._packings = packings
         self._held = [0] * len(self._rows)
-        self._fits: list[tuple[int, ...]] = []
-        self._too_many: list[tuple[int, ...]] = []
 
     def decide(self, profile: str) -> str | None:
         """The profile if there is any packing of all that is held and one more."""
         row = self._rows[profile]
         wanted = (*self._held[:row], self._held[row] + 1, *self._held[row + 1 :])
-        return profile if self._can_be_packed(wanted) else None
+        return profile if self._packings.hold(wanted) else None
 
     def take(self, chosen: str) -> None:
         """It is served, wherever."""
@@ -367,25 +362,39 @@ class Repacked:
         """It is given back."""
         self._held[self._rows[held]] -= 1
 
-    def _can_be_packed(self, counts: tuple[int, ...]) -> bool:
-        for witness in reversed(self._fits):
-            if all(count <= room for count, room in zip(counts, witness, strict=True)):
-                return True
-        for witness in reversed(self._too_many):
-            if all(count >= many for count, many in zip(counts, witness, strict=True)):
-                return False
-        room = self._packing(counts)
-        if room is None:
-            self._too_many.append(counts)
-            return False
-        self._fits.append(room)
-        return True
 
-    def _packing(self, counts: tuple[int, ...]) -> tuple[int, ...] | None:
-        """What the fillings found have room for, at least these counts; None if no fillings have."""
+class Packings:
+    """Which counts of slices so many GPUs can hold, exactly.
+
+    A packing is how many GPUs have each filling. The room of each one that was found is kept, and so are counts
+    for which there is none, so that CP-SAT is asked only about what neither of them settles.
+    """
+
+    def __init__(self, geometry: Geometry, gpus: int) -> None:
+        self._gpus = gpus
+        self._fillings = fillings(geometry)
+        self._rooms = _Known(len(geometry.profiles))
+        self._too_many = _Known(len(geometry.profiles))
+
+    def hold(self, counts: Sequence[int]) -> bool:
+        """Whether there is a packing with room for these counts."""
+        asked = np.array(counts)
+        if (self._rooms.rows >= asked).all(axis=1).any():
+            return True
+        if (self._too_many.rows <= asked).all(axis=1).any():
+            return False
+        room = self._found(counts)
+        if room is None:
+            self._too_many.add(counts)
+        else:
+            self._rooms.add(room)
+        return room is not None
+
+    def _found(self, counts: Sequence[int]) -> Sequence[int] | None:
+        """The room of a packing that CP-SAT found; None if there is none."""
         model = cp_model.CpModel()
         used = [model.new_int_var(0, self._gpus, "") for _ in self._fillings]
-        model.add(sum(used) <= self._gpus)
+        model.add(sum(used) == self._gpus)
         for row, count in enumerate(counts):
             if count:
                 model.add(sum(n * filling[row] for n, filling in zip(used, self._fillings, strict=True)) >= count)
@@ -395,11 +404,26 @@ class Repacked:
         if status == cp_model.INFEASIBLE:
             return None
         assert status in (cp_model.OPTIMAL, cp_model.FEASIBLE), solver.status_name(status)
-        chosen = [solver.value(n) for n in used]
-        return tuple(
-            sum(n * filling[row] for n, filling in zip(chosen, self._fillings, strict=True))
-            for row in range(len(counts))
-        )
+        chosen = np.array([solver.value(n) for n in used])
+        return [int(room) for room in chosen @ np.array(self._fillings)]
+
+
+class _Known:
+    """Rows of counts, to compare with all at once."""
+
+    def __init__(self, width: int) -> None:
+        self._space = np.zeros((64, width), dtype=np.int64)
+        self._count = 0
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        return self._space[: self._count]
+
+    def add(self, counts: Sequence[int]) -> None:
+        if self._count == len(self._space):
+            self._space = np.concatenate((self._space, np.zeros_like(self._space)))
+        self._space[self._count] = counts
+        self._count += 1
 
 
 @lru_cache(maxsize=64)
@@ -472,10 +496,11 @@ def replay(workload: Workload, policy: str, seeds: Sequence[int]) -> Result:
         raise ValueError(f"no policy {policy}; there are {', '.join(POLICIES)}")
     make = POLICIES[policy]
     chooser = None if make is None else make(workload)
+    packings = Packings(workload.geometry, workload.gpus)
     runs, took = [], array("q")
     for seed in seeds:
         if chooser is None:
-            runs.append(_run(Repacked(workload.geometry, workload.gpus), workload, seed, took))
+            runs.append(_run(Repacked(workload.geometry, packings), workload, seed, took))
         else:
             runs.append(_run(Fleet(workload.geometry, workload.gpus, chooser), workload, seed, took))
     p50, p99 = (percentile(took, share) / 1000 for share in (0.5, 0.99))

@@ -16,11 +16,13 @@ import random
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
+
+from rich.table import Table as Grid
 
 from app.replay.mig import percentile
 from app.replay.rules import RULES, AtRandom, Board, Fragmentation, Kinds, rule_called
@@ -201,7 +203,8 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A policy over all seeds. Decisions and upkeep in nanoseconds, one for each pod of each seed, in order."""
+    """A policy over all seeds. Nanoseconds of every decision, of the upkeep after every placement, and of every
+    look at the cluster as a whole."""
 
     policy: str
     ties: str
@@ -210,21 +213,18 @@ class Result:
     upkeep: array[int]
     renewals: array[int]
 
-    def mean(self, load: int) -> float:
-        """Allocation at so much arrived load, over the seeds."""
-        return fmean(run.allocation[load] for run in self.runs)
+    def allocation(self, load: int) -> tuple[float, ...]:
+        """That at so much arrived load, by seed; a tiny cluster may jump over a load."""
+        return tuple(run.allocation[load] for run in self.runs if load in run.allocation)
 
-    def deviation(self, load: int) -> float:
-        """How much seeds differ in it."""
-        return pstdev(run.allocation[load] for run in self.runs)
-
-    def fragmentation(self, load: int) -> float:
-        """Mean fragmentation in % of all GPUs."""
-        return fmean(run.fragmentation[load] for run in self.runs)
+    def fragmentation(self, load: int) -> tuple[float, ...]:
+        """The same of fragmentation."""
+        return tuple(run.fragmentation[load] for run in self.runs if load in run.fragmentation)
 
     def rejected(self, size: str) -> float:
-        """Mean part of the pods of a class that were dropped, in %."""
-        return fmean(100 * run.rejected[size] / run.arrived[size] if run.arrived[size] else 0.0 for run in self.runs)
+        """The part of a class's pods that were dropped, in %, over all seeds."""
+        arrived = sum(run.arrived[size] for run in self.runs)
+        return 100 * sum(run.rejected[size] for run in self.runs) / arrived if arrived else 0.0
 
 
 def replay(trace: Trace, name: str, seeds: Sequence[int], *, fixed_ties: bool | None = None) -> Result:
@@ -297,3 +297,66 @@ def _run(
         {size: rejected[size] for size in SIZES},
         {size: arrived[size] for size in SIZES},
     )
+
+
+# --- in words ---
+
+
+def as_json(results: Sequence[Result]) -> Mapping[str, object]:
+    """Everything, for programs."""
+    return {
+        "policies": [
+            {
+                "policy": result.policy,
+                "ties": result.ties,
+                "allocation_percent": {load: _summary(result.allocation(load)) for load in LOADS},
+                "fragmentation_percent": {load: _summary(result.fragmentation(load)) for load in LOADS},
+                "rejected_percent": {size: round(result.rejected(size), 3) for size in SIZES},
+                "decision_us": _microseconds(result.decisions),
+                "upkeep_us": _microseconds(result.upkeep),
+                "renewal_us": _microseconds(result.renewals),
+                "seeds": [asdict(run) for run in result.runs],
+            }
+            for result in results
+        ]
+    }
+
+
+def _summary(numbers: Sequence[float]) -> Mapping[str, float] | None:
+    return {"mean": round(fmean(numbers), 3), "sd": round(pstdev(numbers), 3)} if numbers else None
+
+
+def _microseconds(times: Sequence[int]) -> Mapping[str, float]:
+    return {name: round(percentile(times, share) / 1000, 1) for name, share in (("p50", 0.5), ("p99", 0.99))}
+
+
+def show(trace: Trace, results: Sequence[Result], console: Console) -> None:
+    """Three tables with a row for each policy, in the order asked."""
+    gpus = sum(machine.gpus for machine in trace.machines)
+    console.print(
+        f"{len(trace.machines)} nodes, {gpus} GPUs, {len(trace.pods)} pods in the list, {len(results[0].runs)} seeds"
+    )
+    filled = Grid(title="GPU allocation in % at so much arrived load, with its deviation over the seeds")
+    broken = Grid(title="Pods dropped in % of their class, and fragmentation in % of all GPUs at 100 % load")
+    timed = Grid(title="Microseconds")
+    for table in (filled, broken, timed):
+        table.add_column("Policy")
+    for title in ("Ties", *(f"{load} %" for load in LOADS)):
+        filled.add_column(title, justify="right")
+    for title in (*SIZES, "Fragmentation"):
+        broken.add_column(title, justify="right")
+    for title in ("Decision p50", "p99", "Upkeep p50", "p99", "Renewal p50", "p99"):
+        timed.add_column(title, justify="right")
+    for result in results:
+        filled.add_row(result.policy, result.ties, *(_told(result.allocation(load)) for load in LOADS))
+        broken.add_row(
+            result.policy, *(f"{result.rejected(size):.2f}" for size in SIZES), _told(result.fragmentation(100))
+        )
+        times = (result.decisions, result.upkeep, result.renewals)
+        timed.add_row(result.policy, *(f"{each:.1f}" for time in times for each in _microseconds(time).values()))
+    for table in (filled, broken, timed):
+        console.print(table)
+
+
+def _told(numbers: Sequence[float]) -> str:
+    return f"{fmean(numbers):.2f} ± {pstdev(numbers):.2f}" if numbers else "-"
