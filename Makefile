@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo cluster test unit e2e soak lint format bench lock clean
+.PHONY: help setup demo cluster test unit e2e soak lint format bench bench-quality lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ soak: $(STAMP) ## the failure tests with their full counts
 bench: $(STAMP) ## pods per second through the real kube-scheduler, with and without the extender (out/bench/)
 	@$(BIN)/python -m tests.e2e.toolchain
 	@$(BIN)/python -m tests.e2e.throughput
+
+bench-quality: $(STAMP) ## quality of placement: all tables, JSON and plots (OPENB=folder of the openb trace; about an hour)
+	@$(BIN)/python -m app.replay.quality $(if $(OPENB),--openb $(OPENB),) $(BENCH_OPTIONS)
 
 load: $(STAMP) ## drive a standalone service with locust for 30 s, as kube-scheduler would
 	@$(BIN)/python -m loadtests.run

@@ -6,6 +6,7 @@ sets there are: by price under the policy (must be the least), and by bandwidth 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -86,3 +87,7 @@ def run(console: Console) -> list[dict[str, Any]]:
         table.add_row(row.board, row.policy, str(row.choices), *(f"{share:.1%}" for share in shares))
     console.print(table)
     return [asdict(row) for row in rows]
+
+
+if __name__ == "__main__":
+    print(json.dumps({"rows": run(Console(stderr=True))}))
