@@ -14,6 +14,7 @@ from app.replay.mig import (
     POLICIES,
     Cheapest,
     Fleet,
+    Packings,
     Repacked,
     Workload,
     arrivals,
@@ -182,7 +183,7 @@ def test_fillings_are_what_one_gpu_can_hold_and_no_more() -> None:
 @given(st.lists(st.sampled_from(range(5)), max_size=9))
 def test_repacking_loses_only_what_no_packing_holds(asked: list[int]) -> None:
     """Against every way to choose a filling for each of two GPUs."""
-    system = Repacked(A30, 2)
+    system = Repacked(A30, Packings(A30, 2))
     held = [0] * 5
     for row in asked:
         wanted = [count + (i == row) for i, count in enumerate(held)]
