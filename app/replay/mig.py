@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from ortools.sat.python import cp_model
+from ortools.linear_solver import pywraplp
 from rich.console import Console
 from rich.table import Table as Grid
 
@@ -367,7 +367,7 @@ class Packings:
     """Which counts of slices so many GPUs can hold, exactly.
 
     A packing is how many GPUs have each filling. The room of each one that was found is kept, and so are counts
-    for which there is none, so that CP-SAT is asked only about what neither of them settles.
+    for which there is none, so that the solver is asked only about what neither settles.
     """
 
     def __init__(self, geometry: Geometry, gpus: int) -> None:
@@ -391,21 +391,22 @@ class Packings:
         return room is not None
 
     def _found(self, counts: Sequence[int]) -> Sequence[int] | None:
-        """The room of a packing that CP-SAT found; None if there is none."""
-        model = cp_model.CpModel()
-        used = [model.new_int_var(0, self._gpus, "") for _ in self._fillings]
-        model.add(sum(used) == self._gpus)
+        """The room of a packing that SCIP found; None if there is none. (CP-SAT can take half a minute.)"""
+        solver = pywraplp.Solver.CreateSolver("SCIP")
+        used = [solver.IntVar(0, self._gpus, "") for _ in self._fillings]
+        solver.Add(sum(used) == self._gpus)
         for row, count in enumerate(counts):
             if count:
-                model.add(sum(n * filling[row] for n, filling in zip(used, self._fillings, strict=True)) >= count)
-        solver = cp_model.CpSolver()
-        solver.parameters.num_workers = 1
-        status = solver.solve(model)
-        if status == cp_model.INFEASIBLE:
+                solver.Add(sum(n * filling[row] for n, filling in zip(used, self._fillings, strict=True)) >= count)
+        status = solver.Solve()
+        if status == pywraplp.Solver.INFEASIBLE:
             return None
-        assert status in (cp_model.OPTIMAL, cp_model.FEASIBLE), solver.status_name(status)
-        chosen = np.array([solver.value(n) for n in used])
-        return [int(room) for room in chosen @ np.array(self._fillings)]
+        assert status in (pywraplp.Solver.OPTIMAL, pywraplp.Solver.FEASIBLE), status
+        chosen = np.array([round(n.solution_value()) for n in used])
+        room = [int(slices) for slices in chosen @ np.array(self._fillings)]
+        assert chosen.sum() == self._gpus
+        assert all(count <= slices for count, slices in zip(counts, room, strict=True))
+        return room
 
 
 class _Known:
