@@ -6,7 +6,7 @@ from itertools import combinations
 
 from solver.cluster import Allocation, Device, Node, Snapshot, Taken, allocations, devices_of
 from solver.demand import Ask, Demand, Problem
-from solver.flow import UNPLACED, worth
+from solver.flow import digits, question_of
 from solver.geometry import Slice, faults
 from solver.goals import DEFAULT_POLICY, Policy, allocation_of, plain_prices
 from solver.plan import Placement
@@ -73,44 +73,55 @@ def cheapest(node: Node, taken: Sequence[Taken], demand: Demand, policy: Policy 
 
 
 def least_cost(problem: Problem, policy: Policy = DEFAULT_POLICY) -> int:
-    """The least any plan costs: every ask on every node in every way, or unplaced."""
-    units: dict[str, int] = {}
-    for node in problem.snapshot.nodes:
-        for gpu in node.gpus:
-            for profile in gpu.geometry.profiles if gpu.geometry else ():
-                assert gpu.geometry is not None
-                share = round(1000 * profile.size / gpu.geometry.width)
-                units[profile.name] = min(share, units.get(profile.name, share))
+    """The least any plan costs: every ask on every node in every way, or unplaced. Tier by tier, in the order of
+    the policy, with the digits that plans have.
+    """
+    asked = question_of(problem, policy)
+    first = len(asked.priorities)
+    asks = [(ask.demand, ask.priority) for ask in problem.asks]
+
+    def tiers_of(node: Node, taken: Sequence[Taken], demand: Demand, devices: tuple[Device, ...]) -> tuple[int, ...]:
+        one = Problem(Snapshot((node,), {node.name: tuple(taken)}), (Ask("one", demand),))
+        prices = dict(plain_prices(one, "one", Placement(node.name, devices), policy.values))
+        here = (sum(weight * prices[name] for name, weight in tier) for tier in policy.tiers)
+        return (0,) * first + tuple(here)
 
     @cache
-    def on(node: Node, taken: tuple[Allocation, ...], demands: tuple[Demand, ...]) -> int | None:
+    def on(node: Node, taken: tuple[Allocation, ...], demands: tuple[Demand, ...]) -> tuple[int, ...] | None:
         """The least that all of these demands cost on one node."""
         if not demands:
-            return 0
-        best: int | None = None
+            return (0,) * (first + len(policy.tiers))
+        best: tuple[int, ...] | None = None
         for devices in placements(node, taken, demands[0]):
             held = allocation_of(demands[0], Placement(node.name, devices))
             rest = on(node, tuple(sorted((*taken, held), key=repr)), demands[1:])
             if rest is not None:
-                price = rest + total(node, taken, demands[0], devices, policy)
-                best = price if best is None else min(best, price)
+                cost = _sum(rest, tiers_of(node, taken, demands[0], devices))
+                best = cost if best is None else min(best, cost)
         return best
 
-    def spread(nodes: Sequence[Node], demands: tuple[Demand, ...]) -> int:
-        """The least cost of these demands on these nodes, the rest unplaced."""
+    def spread(nodes: Sequence[Node], asks: tuple[tuple[Demand, int], ...]) -> tuple[int, ...]:
+        """The least cost of these asks on these nodes, the rest unplaced."""
         if not nodes:
-            return sum(UNPLACED * worth(demand, units) for demand in demands)
-        best = None
+            left = [0] * (first + len(policy.tiers))
+            for demand, priority in asks:
+                left[asked.priorities.index(priority)] += asked.worths[asked.number[demand]]
+            return tuple(left)
+        best: tuple[int, ...] | None = None
         taken = allocations(problem.snapshot.taken.get(nodes[0].name, ()))
-        for count in range(len(demands) + 1):
-            for here in combinations(range(len(demands)), count):
-                price = on(nodes[0], taken, tuple(sorted(demands[i] for i in here)))
+        for count in range(len(asks) + 1):
+            for here in combinations(range(len(asks)), count):
+                price = on(nodes[0], taken, tuple(sorted(asks[i][0] for i in here)))
                 if price is None:
                     continue
-                rest = tuple(demand for i, demand in enumerate(demands) if i not in here)
-                cost = price + spread(nodes[1:], rest)
+                cost = _sum(price, spread(nodes[1:], tuple(ask for i, ask in enumerate(asks) if i not in here)))
                 best = cost if best is None else min(best, cost)
         assert best is not None
         return best
 
-    return spread(problem.snapshot.nodes, tuple(ask.demand for ask in problem.asks))
+    least = spread(problem.snapshot.nodes, tuple(asks))
+    return sum(digit * value for digit, value in zip(digits(asked), least, strict=True))
+
+
+def _sum(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
