@@ -22,6 +22,7 @@ from app.errors import Conflict, KubeError, NotFound, Refused
 from app.kube import Kube
 from app.ledger import Hold, Ledger, Phase
 from app.offers import Offers, legal
+from app.schedule import Schedule
 from app.settings import Settings
 from app.translate import (
     PLACEMENT_ANNOTATION,
@@ -64,6 +65,7 @@ class Extender:
         ledger: Ledger,
         offers: Offers,
         truth: Truth,
+        schedule: Schedule,
         kube: Kube | None,
         waiting_for: Callable[[], list[str]],
         term: Callable[[], int],
@@ -73,6 +75,7 @@ class Extender:
         self._ledger = ledger
         self._offers = offers
         self._truth = truth
+        self._schedule = schedule
         self._kube = kube
         self._waiting_for = waiting_for
         self._term = term
@@ -150,19 +153,29 @@ class Extender:
     # -- prioritize -----------------------------------------------------------------------------------
 
     def prioritize(self, args: Args) -> list[tuple[str, int]]:
-        """Scores: 1000 × the rank of the price (the cheapest highest), plus 1 for our first choice."""
+        """Scores: 1000 × the rank of the price (the cheapest highest), plus 1 for our first choice.
+
+        Nodes on which the joint plan has a pod like this come first, those where it would need what is softly
+        promised to others last; each in the order of their prices.
+        """
         pod = self._pod(args.pod)
         if isinstance(pod, NotNow) or isinstance(pod.ask, Malformed) or not pod.ask.takes_devices:
             return []
         priced = self._offers.priced(pod.ask, args.names, self._until_deadline(), uid=pod.ref.uid)
-        scores = _scores(priced.promised, first_rank=1)
-        scores |= _scores(priced.free, first_rank=1 + len(set(priced.promised.values())))
+        planned = self._schedule.nodes_for(pod.ask)
+        rest = {name: price for name, price in priced.free.items() if name not in planned}
+        first = {name: priced.free[name] for name in planned if name in priced.free}
+        scores: dict[str, int] = {}
+        ranks = 0
+        for prices in (priced.promised, rest, first):
+            scores |= _scores(prices, first_rank=1 + ranks)
+            ranks += len(set(prices.values()))
         if not scores:
             return []
         highest = max(scores.values())
-        first = min(name for name, score in scores.items() if score == highest)
-        self._propose(pod, pod.ask, first)
-        scores[first] += 1
+        choice = min(name for name, score in scores.items() if score == highest)
+        self._propose(pod, pod.ask, choice)
+        scores[choice] += 1
         return list(scores.items())
 
     def _until_deadline(self) -> Callable[[], bool]:
@@ -301,7 +314,10 @@ class Extender:
             return best
         seen, _ = self._offers.view(node)
         refusal = self._ledger.assume(pod.ref, demand, best, now=now, legal=legal(seen))
-        return best if refusal is None else refusal
+        if refusal is not None:
+            return refusal
+        self._schedule.use(demand, node)
+        return best
 
     def _again(self, hold: Hold) -> Placement | Refusal:
         """What a pod was promised before (by us, or by us before a restart) if it is still in order."""

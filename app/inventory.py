@@ -6,6 +6,8 @@ except what agents saw of them (which pod has a process on which device).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from sys import intern
 
 from app.quantities import version_in
 from app.report import Gpu, Instance, Link, NodeReport, Unchanged
@@ -35,6 +37,8 @@ class Inventory:
         self._stale_seconds = stale_seconds
         self._entries: dict[str, Entry] = {}
         self._homes: dict[str, set[str]] = {}
+        self.geometries: set[Geometry] = set()
+        """How boards in MIG mode can be cut, of every report so far."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._entries))
@@ -54,6 +58,8 @@ class Inventory:
             return False
         self.drop(report.node)
         self._entries[report.node] = Entry(report, node_of(report), users_of(report), now, lasting)
+        node = self._entries[report.node].node
+        self.geometries.update([gpu.geometry for gpu in node.gpus if gpu.geometry is not None])
         for gpu in report.gpus:
             self._homes.setdefault(gpu.uuid, set()).add(report.node)
         return True
@@ -141,13 +147,13 @@ def _gpu(gpu: Gpu) -> SolverGpu:
     return SolverGpu(
         uuid=gpu.uuid,
         index=gpu.index,
-        product=gpu.product,
+        product=intern(gpu.product),
         memory_mib=gpu.memory_mib,
         numa=gpu.numa,
         geometry=_geometry(gpu),
         instances=tuple(sorted(_slice(instance) for instance in _instances(gpu))),
         withheld=withheld,
-        architecture="" if gpu.architecture == UNKNOWN else gpu.architecture,
+        architecture="" if gpu.architecture == UNKNOWN else intern(gpu.architecture),
         compute_capability=version_in(gpu.compute_capability),
         watts=gpu.watts,
         nic=gpu.nic,
@@ -179,12 +185,21 @@ def _geometry(gpu: Gpu) -> Geometry | None:
     for reported in gpu.mig.profiles:
         for name, count in reported.engines.items():
             totals[name] = max(totals.get(name, 0), count * max(1, reported.max_instances))
-    return Geometry(
-        width=max((start + profile.size for profile in profiles for start in profile.starts), default=0),
-        compute_slices=max((profile.compute_slices for profile in profiles), default=0),
-        profiles=profiles,
-        engines=tuple(sorted(totals.items())),
+    return _known(
+        Geometry(
+            width=max((start + profile.size for profile in profiles for start in profile.starts), default=0),
+            compute_slices=max((profile.compute_slices for profile in profiles), default=0),
+            profiles=profiles,
+            engines=tuple(sorted(totals.items())),
+        )
     )
+
+
+@lru_cache(maxsize=1024)
+def _known(geometry: Geometry) -> Geometry:
+    """The same object for equal geometries: a cluster has thousands of boards of a few kinds, and they are sent and
+    compared all the time."""
+    return geometry
 
 
 def _instances(gpu: Gpu) -> list[Instance]:
@@ -204,4 +219,10 @@ def _links(uuids: list[str], links: tuple[Link, ...]) -> tuple[tuple[int, ...], 
     for link in links:
         a, b = place[link.a], place[link.b]
         matrix[a][b] = matrix[b][a] = link.gbs if link.nvlinks and link.gbs else PCIE_GBS[link.pcie]
-    return tuple(tuple(row) for row in matrix)
+    return _known_links(tuple(tuple(row) for row in matrix))
+
+
+@lru_cache(maxsize=1024)
+def _known_links(links: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    """The same object for equal wirings."""
+    return links

@@ -7,6 +7,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from app.schedule import JointPlan
+
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 12.0)
 
 Gauges = Callable[[], Iterable[tuple[str, str, dict[str, float]]]]
@@ -28,6 +30,14 @@ class Metrics:
             "tangram_answers", "Answers to kube-scheduler by kind", ["verb", "kind"], registry=self.registry
         )
         self.reports = Counter("tangram_reports", "Agents' reports", ["kind"], registry=self.registry)
+        self.plans = Counter("tangram_plans", "Joint plans by how they ended", ["status"], registry=self.registry)
+        self.plan_seconds = Histogram(
+            "tangram_plan_seconds",
+            "Time of a joint plan: all of it, and in the solver",
+            ["part"],
+            buckets=BUCKETS,
+            registry=self.registry,
+        )
         self.wakes = Counter("tangram_wakes", "Nodes touched to wake refused pods", registry=self.registry)
         self.registry.register(_Now(gauges))
 
@@ -36,6 +46,12 @@ class Metrics:
         """Count the time of one request."""
         with self.seconds.labels(verb).time():
             yield
+
+    def plan_made(self, plan: JointPlan, seconds: float) -> None:
+        """Count a plan and what it took in all."""
+        self.plans.labels(plan.status).inc()
+        self.plan_seconds.labels("all").observe(seconds)
+        self.plan_seconds.labels("solving").observe(plan.solving_seconds)
 
     def text(self) -> bytes:
         """The Prometheus exposition."""

@@ -20,6 +20,7 @@ from solver import Demand, Device, Gpu, Node, Placement, Policy, Ranking, Refusa
 from solver.cluster import GPU_MILLI, Allocation, Taken, allocations, devices_of
 from solver.geometry import faults
 from solver.guests import guests_of, may_join
+from solver.rank import RENEWED_STATES
 
 View = tuple[Node, tuple[Taken, ...]]
 
@@ -47,6 +48,8 @@ class Offers:
         self.blind_until = float("-inf")
         """Until then a node whose agent does not see pods is kept back: pods that were force-deleted while
         nobody watched may still be ending there."""
+        self._news: set[str] = set()
+        self._old_nodes = 0
         self.updated = 0
         """How many times a node's rows were made anew: work that must grow with changes only."""
 
@@ -77,6 +80,7 @@ class Offers:
         self._faults.pop(name, None)
         self._dirty.discard(name)
         self._ranking.remove(name)
+        self._news.add(name)
 
     def refresh(self, *, now: float) -> None:
         """Bring the rows of changed nodes up to date."""
@@ -100,6 +104,7 @@ class Offers:
 
     def _update(self, name: str, *, now: float) -> None:
         self.updated += 1
+        self._news.add(name)
         fault = self._fault(name, now=now)
         if fault:
             self._faults[name] = fault
@@ -116,6 +121,27 @@ class Offers:
         entry = self._inventory.get(name)
         blind = entry is not None and not entry.report.sees_pods
         return "its agent does not see which pods use its GPUs, and some may still be ending" if blind else ""
+
+    def names(self) -> list[str]:
+        """Every node that has reported, offered or not."""
+        return list(self._inventory)
+
+    def drain_news(self) -> set[str]:
+        """Nodes that were looked at anew since the last call, those that are gone included."""
+        news, self._news = self._news, set()
+        return news
+
+    def renew(self, policy: Policy) -> None:
+        """Price by this policy (of the same tiers) from now on; old prices stand until `settle` has made them anew."""
+        self._policy = policy
+        self._ranking.renew(policy)
+        self._old_nodes = len(self._inventory)
+
+    def settle(self) -> bool:
+        """Make a few of the old prices anew; whether there may be more."""
+        self._ranking.settle(RENEWED_STATES)
+        self._old_nodes -= RENEWED_STATES
+        return self._old_nodes > 0
 
     # -- asking ---------------------------------------------------------------------------------------
 

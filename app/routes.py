@@ -152,6 +152,10 @@ def public_routes(service: Service) -> APIRouter:
             raise HTTPException(404, f"Tangram knows no pod with UID {uid}: it asks for no GPU, is gone, or never came")
         return _json(orjson.dumps(found))
 
+    @router.get("/v1/plan")
+    async def plan() -> Response:
+        return _json(orjson.dumps(service.views.plan(service.schedule, service.planner)))
+
     if service.kube is None:
 
         @router.delete("/v1/pods/{uid}")

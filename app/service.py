@@ -2,6 +2,7 @@
 
 watch pods, watch nodes ─▶ truth ─▶ ledger          lease: one holder serves
 chores: twice a second settle what left, look for stale nodes, settle orphans, wake refused pods
+planner: what is pending ─▶ a process of its own ─▶ schedule ─▶ prioritize
 """
 
 import asyncio
@@ -19,7 +20,9 @@ from app.ledger import Ledger
 from app.manifests import managed_resource_names
 from app.metrics import Metrics
 from app.offers import Offers
+from app.planner import Planner
 from app.report import NodeReport, Unchanged
+from app.schedule import Schedule
 from app.settings import Settings
 from app.translate import WAKE_ANNOTATION, Json, allocatable_of, resource_of_profile
 from app.truth import Truth, readable
@@ -50,6 +53,8 @@ class Service:
         self.truth = Truth(self.ledger, self.inventory, self.hosts, clock=clock)
         self.views = Views(self.ledger, self.inventory, self.offers, self.truth, clock=clock)
         self.metrics = Metrics(self._gauges)
+        self.schedule = Schedule()
+        self.planner = self._planner() if settings.planning else None
         self.lease: Lease | None = None
         self.watches: tuple[Watch, ...] = ()
         if kube is not None:
@@ -70,6 +75,7 @@ class Service:
             ledger=self.ledger,
             offers=self.offers,
             truth=self.truth,
+            schedule=self.schedule,
             kube=kube,
             waiting_for=self.waiting_for,
             term=self._current_term,
@@ -90,6 +96,8 @@ class Service:
         loops = [self._do_chores()]
         if self.kube is not None and self.lease is not None:
             loops += [self.lease.run(), self._rebuild(), self._wake(self.kube)]
+        if self.planner is not None:
+            loops.append(self.planner.run())
         self._tasks = [asyncio.create_task(loop) for loop in loops]
         for task in self._tasks:
             task.add_done_callback(self._ended)
@@ -131,6 +139,22 @@ class Service:
             for error in ended:
                 if isinstance(error, Exception):
                     raise error
+
+    def _planner(self) -> Planner:
+        return Planner(
+            ledger=self.ledger,
+            offers=self.offers,
+            inventory=self.inventory,
+            truth=self.truth,
+            schedule=self.schedule,
+            policy=DEFAULT_POLICY,
+            ready=lambda: not self.waiting_for(),
+            made=self.metrics.plan_made,
+            clock=self.clock,
+            interval_seconds=self.settings.plan_interval_seconds,
+            limit_seconds=self.settings.plan_limit_seconds,
+            with_tables=self.settings.value_tables,
+        )
 
     def _leads(self, term: int) -> bool:
         assert self.lease is not None
@@ -217,8 +241,7 @@ class Service:
         if self.kube is not None:
             raise BadInput("pods are deleted on the API server, not here")
         known = self.ledger.get(uid) is not None or uid in self.truth.pods
-        self.truth.pods.pop(uid, None)
-        self.truth.waiting.pop(uid, None)
+        self.truth.dismiss(uid)
         self.ledger.release(uid)
         return known
 
@@ -328,6 +351,23 @@ class Service:
             "Profiles missing from managedResources",
             {"now": len(self._unmanaged)},
         )
+        schedule = self.schedule
+        binds: dict[str, float] = {
+            "followed": schedule.followed,
+            "aside": schedule.aside,
+            "unplanned": schedule.unplanned,
+        }
+        yield "tangram_planned_binds", "Pods assumed where the plan had their like, elsewhere, or without one", binds
+        plan = schedule.plan
+        if plan is not None:
+            pods: dict[str, float] = {"planned": sum(each.placed for each in plan.planned)}
+            pods["unplaced"] = sum(each.unplaced for each in plan.planned)
+            yield "tangram_plan_pods", "Pods in the latest plan", pods
+            if plan.gap is not None:
+                yield "tangram_plan_gap", "How far the latest plan may be from the best", {"now": plan.gap}
+        if self.planner is not None:
+            yield "tangram_planner_starts", "Times the planning process was started", {"total": self.planner.starts}
+            yield "tangram_value_tables", "Geometries with a value table", {"now": len(self.planner.tables)}
         yield "tangram_ready", "1 when ready", {"now": float(not self.waiting_for())}
         yield (
             "tangram_rows_updated",

@@ -82,6 +82,24 @@ class Settings(BaseSettings):
         gt=0,
         description="a watch is ended and lists again after this, should an event be lost",
     )
+    planning: bool = Field(
+        default=True,
+        description="plan all pending pods together, in a process of its own; without it each is placed by itself",
+    )
+    plan_interval_seconds: float = Field(
+        default=0.5,
+        gt=0,
+        description="at least so long between two plans: kube-scheduler places tens of pods in it",
+    )
+    plan_limit_seconds: float = Field(
+        default=2.0,
+        gt=0,
+        description="a plan is the best found in this time; mostly it is proven to be the best in a tenth of it",
+    )
+    value_tables: bool = Field(
+        default=True,
+        description="find what states of each MIG geometry are worth (seconds each, in the planning process)",
+    )
     report_limit_bytes: int = Field(default=1 << 20, gt=0, description="largest agent report that is read")
     request_limit_bytes: int = Field(
         default=64 << 20,

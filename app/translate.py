@@ -85,7 +85,8 @@ class Pod:
     """What we need to know of a pod. `node` is empty until it is bound.
 
     `ask` is what it asks of us now; `need` is what it takes once it is bound, by whomever and whatever its
-    annotations say. `finished`: its containers have ended, as its kubelet said.
+    annotations say. `finished`: its containers have ended, as its kubelet said. `gated`: somebody holds it back
+    from being scheduled.
     """
 
     ref: PodRef
@@ -98,6 +99,13 @@ class Pod:
     resource_version: str = ""
     written: Written | Malformed | None = None
     priority: int = 0
+    gated: bool = False
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether it waits for devices of ours and for nothing else."""
+        asks = isinstance(self.ask, Demand) and self.ask.takes_devices
+        return asks and not (self.node or self.finished or self.terminating or self.gated)
 
     @property
     def concerns_us(self) -> bool:
@@ -130,6 +138,7 @@ def pod_of(pod: Json) -> Pod:
         resource_version=meta.get("resourceVersion") or "",
         written=read_placement(annotations.get(PLACEMENT_ANNOTATION)),
         priority=_whole(spec.get("priority")),
+        gated=bool(spec.get("schedulingGates")),
     )
 
 

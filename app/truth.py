@@ -63,6 +63,10 @@ class Truth:
         self.pods: dict[str, Pod] = {}
         self.nodes: set[str] = set()
         self.waiting: dict[str, Waiting] = {}
+        self.pending: dict[str, Pod] = {}
+        """Pods that wait for devices, whether we were asked about them or not; a bind may be under way."""
+        self.pending_changes = 0
+        """How often `pending` has changed."""
         self.unexplained: dict[str, str] = {}
         """UIDs of pods whose placement annotation we cannot explain, with what is wrong with it."""
         self._ending: dict[str, float] = {}
@@ -86,6 +90,7 @@ class Truth:
         if not pod.concerns_us and known is None:
             return
         self.pods[uid] = pod
+        self._note_pending(uid, pod)
         if pod.terminating:
             self._ending.setdefault(uid, self._clock())
         if pod.node:
@@ -111,6 +116,7 @@ class Truth:
         from a list may be younger than the list.
         """
         known = self.pods.pop(uid, None)
+        self._note_pending(uid, None)
         self._hosts.pod_requests(uid, "", NONE)
         self.waiting.pop(uid, None)
         self.unexplained.pop(uid, None)
@@ -226,7 +232,27 @@ class Truth:
         if pod.ref.uid not in self.pods and len(self.pods) >= self._most_waiting:
             free = next((uid for uid in self.pods if self._ledger.get(uid) is None), None)
             self.pods.pop(free or "", None)
+            self._note_pending(free or "", None)
         self.pods[pod.ref.uid] = pod
+        self._note_pending(pod.ref.uid, pod)
+
+    def dismiss(self, uid: str) -> None:
+        """Without Kubernetes: the pod is gone."""
+        self.pods.pop(uid, None)
+        self.waiting.pop(uid, None)
+        self._note_pending(uid, None)
+
+    def _note_pending(self, uid: str, pod: Pod | None) -> None:
+        before = self.pending.get(uid)
+        now = pod if pod is not None and pod.is_pending else None
+        if now is None and before is None:
+            return
+        if now is None:
+            del self.pending[uid]
+        else:
+            self.pending[uid] = now
+        if before is None or now is None or (before.ask, before.priority) != (now.ask, now.priority):
+            self.pending_changes += 1
 
     # -- room -----------------------------------------------------------------------------------------
 

@@ -7,12 +7,16 @@ from typing import Any
 from app.inventory import Entry, Inventory
 from app.ledger import Hold, Ledger, Phase
 from app.offers import Offers
+from app.planner import Planner
 from app.report import Gpu
+from app.schedule import Planned, Schedule
 from app.translate import Malformed, PodRef, profile_as_asked
 from app.truth import Truth, Waiting
 from solver import Device, Slice
+from solver.market import Table
 
 Json = dict[str, Any]
+NODES_SHOWN = 100  # of one demand in the plan
 
 
 class Views:
@@ -86,6 +90,36 @@ class Views:
             "mig_units_held": held_units,
             "slices_held": held_slices,
             **{f"pods_{phase}": count for phase, count in phases.items()},
+        }
+
+    def plan(self, schedule: Schedule, planner: Planner | None) -> Json:
+        """The latest joint plan: how good it is, and what it says of each kind of pending pod."""
+        plan = schedule.plan
+        about: Json = {
+            "planning": planner is not None,
+            "process": planner.words if planner is not None else "planning is switched off",
+            "value_tables": [_table(table) for table in planner.tables.values()] if planner is not None else [],
+            "binds": {
+                "followed": schedule.followed,
+                "aside": schedule.aside,
+                "unplanned": schedule.unplanned,
+            },
+        }
+        if plan is None or planner is None or planner.made_at is None:
+            return {**about, "status": None, "demands": []}
+        return {
+            **about,
+            "status": plan.status,
+            "cost": str(plan.cost),
+            "bound": str(plan.bound),
+            "gap": plan.gap,
+            "seconds": round(planner.seconds, 4),
+            "solving_seconds": round(plan.solving_seconds, 4),
+            "age_seconds": round(self._clock() - planner.made_at, 1),
+            "pods": sum(each.placed + each.unplaced for each in plan.planned),
+            "planned": sum(each.placed for each in plan.planned),
+            "unplaced": sum(each.unplaced for each in plan.planned),
+            "demands": [_planned(each, schedule) for each in plan.planned],
         }
 
     def phases(self) -> dict[str, int]:
@@ -217,6 +251,26 @@ class Views:
             for device in hold.devices
             if device.gpu not in known
         ]
+
+
+def _planned(planned: Planned, schedule: Schedule) -> Json:
+    left = schedule.nodes_for(planned.demand)
+    return {
+        "demand": str(planned.demand),
+        "priority": planned.priority,
+        "planned": planned.placed,
+        "unplaced": planned.unplaced,
+        "reason": planned.reason,
+        "prices": dict(planned.prices),
+        "nodes": len(planned.on),
+        "still_to_come": dict(list(left.items())[:NODES_SHOWN]),
+    }
+
+
+def _table(table: Table) -> Json:
+    geometry = table.geometry
+    names = [profile.name for profile in geometry.profiles]
+    return {"width": geometry.width, "profiles": names, "method": table.method, "states": table.states}
 
 
 def _shares(gpu: Gpu, holds: tuple[Hold, ...]) -> Iterator[Json]:

@@ -32,7 +32,7 @@ def inventory(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def client(inventory: Path) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(Settings(nodes=inventory, report_limit_bytes=20_000, request_limit_bytes=200_000))
+    app = create_app(Settings(nodes=inventory, planning=False, report_limit_bytes=20_000, request_limit_bytes=200_000))
     async with (
         LifespanManager(app) as running,
         httpx.AsyncClient(transport=httpx.ASGITransport(running.app), base_url="http://tangram") as client,
@@ -217,7 +217,7 @@ async def test_the_page_is_served_with_a_policy_that_allows_nothing_foreign(clie
 
 async def test_two_apps_do_not_leak_into_each_other(client, inventory):
     await place(client, pod_json("p", {GPU: "2"}))
-    other = create_app(Settings(nodes=inventory))
+    other = create_app(Settings(nodes=inventory, planning=False))
     async with (
         LifespanManager(other) as running,
         httpx.AsyncClient(transport=httpx.ASGITransport(running.app), base_url="http://other") as second,

@@ -26,7 +26,9 @@ class World:
     def __init__(self, nodes: dict[str, str], *, kube: bool = True, on: FakeKube | None = None, **knobs: Any) -> None:
         self.clock = Clock()
         self.kube = on or FakeKube()
-        self.settings = Settings(standalone=not kube, plain=True, identity="us", **{"blind_seconds": 0, **knobs})
+        self.settings = Settings(
+            standalone=not kube, plain=True, identity="us", **{"blind_seconds": 0, "planning": False, **knobs}
+        )
         self.nodes = nodes
         self.service: Service = build(self.settings, kube=self.kube if kube else None, clock=self.clock)
         self.with_kube = kube

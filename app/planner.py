@@ -1,0 +1,343 @@
+"""The planning process beside the service: what is said to it, how it is kept alive, and when it is asked.
+
+    service                                                    child (app.plan_process)
+      Begin: policy, tables known ─────────────────────────────▶ its own picture of the cluster
+      News: nodes that have changed, as they are offered ──────▶ brought up to date
+      MakePlan: pending pods, counted by demand ───────────────▶ solver.flow.solve
+                                          JointPlan ◀───────────
+      MakeTable: a geometry seen for the first time ───────────▶ solver.market.solve_table, in a thread of its own
+                                              Table ◀───────────
+
+Building models and tables holds Python's lock, so it is done in a process of its own (docs/decisions/0004). The
+messages are pickled frames on its pipes. What is sent grows with what has changed, and with the kinds of pending pods,
+not with the cluster or with the pods; it is made in pieces, with turns for others between them. If the child dies or
+hangs it is started again, later each time, and until then pods are placed one by one as ever.
+"""
+
+import asyncio
+import logging
+import os
+import pickle
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from app.inventory import Inventory
+from app.ledger import Ledger
+from app.offers import Offers, View
+from app.schedule import JointPlan, Schedule
+from app.truth import Truth
+from solver import Demand, Geometry, Policy
+from solver.market import Table
+from solver.values import Values
+
+log = logging.getLogger(__name__)
+
+NODES_IN_A_PIECE = 100  # pickled at once: about 3 ms for eight GPUs each
+FIRST_PAUSE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 60.0
+LIVED_SECONDS = 60.0  # a child that lived so long has not failed at its start
+GRACE_SECONDS = 30.0  # beyond the time limit of a plan: building the model, and a machine that is busy
+SETTLE_SECONDS = 0.01  # between two turns of bringing old prices up to date
+HEADER_BYTES = 8
+
+
+# -- what is said ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """The first word to a new child."""
+
+    policy: Policy
+    tables: tuple[Table, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """Nodes as they are offered now, and nodes that are not offered any more."""
+
+    nodes: tuple[View, ...]
+    gone: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MakePlan:
+    """Plan so many pods of each demand and priority, within so many seconds."""
+
+    wanted: tuple[tuple[Demand, int, int], ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class MakeTable:
+    """Find what states of this geometry are worth."""
+
+    geometry: Geometry
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A plan (or, with a geometry, a table) could not be made."""
+
+    reason: str
+    geometry: Geometry | None = None
+
+
+Message = Begin | News | MakePlan | MakeTable
+
+
+def frame(message: object) -> bytes:
+    """A message with its length before it."""
+    body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    return len(body).to_bytes(HEADER_BYTES) + body
+
+
+# -- the process ----------------------------------------------------------------------------------------------
+
+
+class Child:
+    """One life of the planning process."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process = process
+        self._to, self._from = process.stdin, process.stdout
+
+    @classmethod
+    async def start(cls) -> "Child":
+        """It finds our modules where we found them. It has one thread of arithmetic, and no terminal of its own."""
+        path = os.pathsep.join(each for each in sys.path if each)
+        env = {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        return cls(
+            await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "app.plan_process",
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                env=env,
+                start_new_session=True,  # an interrupt from the terminal is ours to hear
+            )
+        )
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    async def say(self, message: Message) -> None:
+        """Send, waiting while its pipe is full. Raises OSError when it is gone."""
+        self._to.write(frame(message))
+        await self._to.drain()
+
+    async def hear(self) -> JointPlan | Table | Failed:
+        """Its next word. Raises EOFError when it is gone."""
+        size = int.from_bytes(await self._from.readexactly(HEADER_BYTES))
+        heard: JointPlan | Table | Failed = pickle.loads(await self._from.readexactly(size))  # noqa: S301  our own child's
+        return heard
+
+    async def end(self) -> None:
+        """Kill it, whatever it does."""
+        if self._process.returncode is None:
+            try:
+                self._process.kill()
+            except ProcessLookupError:
+                log.debug("the planning process was gone already")
+        self._to.close()
+        await self._process.wait()
+
+
+# -- when it is asked -----------------------------------------------------------------------------------------
+
+
+class Planner:
+    """Plans what is pending whenever something has changed, and adopts value tables; a background task of the service.
+
+    `made` hears of each plan and how many seconds it took in all. `ready` says whether things are as they seem.
+    """
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        offers: Offers,
+        inventory: Inventory,
+        truth: Truth,
+        schedule: Schedule,
+        policy: Policy,
+        ready: Callable[[], bool],
+        made: Callable[[JointPlan, float], None],
+        clock: Callable[[], float],
+        interval_seconds: float,
+        limit_seconds: float,
+        with_tables: bool,
+    ) -> None:
+        self._ledger = ledger
+        self._offers = offers
+        self._inventory = inventory
+        self._truth = truth
+        self._schedule = schedule
+        self._policy = policy
+        self._ready = ready
+        self._made = made
+        self._clock = clock
+        self._interval_seconds = interval_seconds
+        self._limit_seconds = limit_seconds
+        self._with_tables = with_tables
+        self.child: Child | None = None
+        self.words = "starting"
+        """How it stands, for people."""
+        self.starts = 0
+        self.made_at: float | None = None
+        """When the latest plan was made."""
+        self.seconds = 0.0
+        """What it took from the first byte sent to its adoption."""
+        self.tables: dict[Geometry, Table] = {}
+        self._asked_tables: set[Geometry] = set()
+        self._unsent: set[str] = set()
+        self._pending_seen = -1
+        self._answer: asyncio.Future[JointPlan | Failed] | None = None
+        self._settling: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Keep a child alive for ever; cancellation ends both."""
+        pause = FIRST_PAUSE_SECONDS
+        try:
+            while True:
+                began = self._clock()
+                try:
+                    await self._live()
+                except (OSError, EOFError, TimeoutError) as error:
+                    self.words = f"not running: {type(error).__name__} {error}".rstrip()
+                    log.warning("the planning process is %s; a new one in %.0f s", self.words, pause)
+                except Exception as error:  # planning is a refinement: our faults in it must not end the service
+                    self.words = f"not running: a fault inside Tangram, {type(error).__name__}"
+                    log.exception("planning; a new process in %.0f s", pause)
+                if self._clock() - began > LIVED_SECONDS:
+                    pause = FIRST_PAUSE_SECONDS
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+        finally:
+            if self._settling is not None:
+                self._settling.cancel()
+
+    async def _live(self) -> None:
+        """One child's life, from its start to its end."""
+        self.starts += 1
+        child = self.child = await Child.start()
+        ears = asyncio.create_task(self._listen(child), name="planner hears")
+        try:
+            self._offers.drain_news()
+            self._unsent = set(self._offers.names())
+            self._pending_seen = -1
+            self._asked_tables = set(self.tables)
+            await child.say(Begin(self._policy, tuple(self.tables.values())))
+            self.words = "running"
+            while not ears.done():
+                await asyncio.sleep(self._interval_seconds)
+                if self._ready():
+                    await self._ask_for_tables(child)
+                    await self._plan_if_changed(child, ears)
+            ears.result()
+        finally:
+            self.child = None
+            ears.cancel()
+            await child.end()
+            await asyncio.gather(ears, return_exceptions=True)
+
+    # -- plans ----------------------------------------------------------------------------------------
+
+    async def _plan_if_changed(self, child: Child, ears: asyncio.Task[None]) -> None:
+        self._offers.refresh(now=self._clock())
+        self._unsent |= self._offers.drain_news()
+        if not self._unsent and self._truth.pending_changes == self._pending_seen:
+            return
+        if not self._wanted():
+            self._pending_seen = self._truth.pending_changes
+            self._schedule.clear()
+            return
+        began = self._clock()
+        await self._tell(child)
+        self._pending_seen = self._truth.pending_changes
+        wanted = self._wanted()  # in the same turn as the last piece of news: both are of one moment
+        self._schedule.begin()
+        self._answer = asyncio.get_running_loop().create_future()
+        await child.say(MakePlan(wanted, self._limit_seconds))
+        async with asyncio.timeout(self._limit_seconds + GRACE_SECONDS):
+            awaited: set[asyncio.Future[Any]] = {self._answer, ears}
+            await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+        if not self._answer.done():
+            ears.result()
+            raise EOFError("it ended while it made a plan")
+        answer = self._answer.result()
+        if isinstance(answer, Failed):
+            log.error("no plan could be made: %s", answer.reason)
+            return
+        self._schedule.adopt(answer)
+        self.made_at = self._clock()
+        self.seconds = self.made_at - began
+        self._made(answer, self.seconds)
+
+    async def _tell(self, child: Child) -> None:
+        """Send what has changed, piece by piece, until nothing is left."""
+        while self._unsent:
+            piece = [self._unsent.pop() for _ in range(min(NODES_IN_A_PIECE, len(self._unsent)))]
+            gone = [name for name in piece if self._offers.fault(name)]
+            nodes = [self._offers.view(name) for name in piece if not self._offers.fault(name)]
+            await child.say(News(tuple(nodes), tuple(gone)))
+            await asyncio.sleep(0)
+            self._offers.refresh(now=self._clock())
+            self._unsent |= self._offers.drain_news()
+
+    def _wanted(self) -> tuple[tuple[Demand, int, int], ...]:
+        """The pending pods that no bind is under way for, counted."""
+        counted: Counter[tuple[Demand, int]] = Counter()
+        for uid, pod in self._truth.pending.items():
+            hold = self._ledger.get(uid)
+            if isinstance(pod.ask, Demand) and (hold is None or not hold.firm):
+                counted[pod.ask, pod.priority] += 1
+        return tuple([(demand, priority, count) for (demand, priority), count in counted.items()])
+
+    # -- what it says ---------------------------------------------------------------------------------
+
+    async def _listen(self, child: Child) -> None:
+        while True:
+            heard = await child.hear()
+            if isinstance(heard, JointPlan) or (isinstance(heard, Failed) and heard.geometry is None):
+                if self._answer is not None and not self._answer.done():
+                    self._answer.set_result(heard)
+            elif isinstance(heard, Failed):
+                log.error("no value table could be made: %s", heard.reason)
+            else:
+                self._adopt(heard)
+
+    # -- value tables ---------------------------------------------------------------------------------
+
+    async def _ask_for_tables(self, child: Child) -> None:
+        if not self._with_tables:
+            return
+        for geometry in self._inventory.geometries - self._asked_tables:
+            self._asked_tables.add(geometry)
+            await child.say(MakeTable(geometry))
+
+    def _adopt(self, table: Table) -> None:
+        """Rank by it from now on: changed nodes at once, the others in many small turns."""
+        self.tables[table.geometry] = table
+        self._policy = with_tables(self._policy, self.tables.values())
+        self._offers.renew(self._policy)
+        log.info("a value table for a board of %d units: %s", table.geometry.width, table.method)
+        if self._settling is None or self._settling.done():
+            self._settling = asyncio.create_task(self._settle(), name="planner settles")
+
+    async def _settle(self) -> None:
+        while self._offers.settle():
+            await asyncio.sleep(SETTLE_SECONDS)
+
+
+def with_tables(policy: Policy, tables: Iterable[Table]) -> Policy:
+    """The policy with these tables for its values."""
+    return replace(policy, values=Values({table.geometry: table for table in tables}, policy.values.forecast))
