@@ -20,6 +20,12 @@ from tests import strategies
 from tests.solver import brute
 
 TIERED = Policy("links first", ((("links", 1), ("numa", 2)), (("value", 3), ("repartition", 1))))
+BY_NODES = Policy(
+    "few nodes, then serving",
+    ((("fresh_node", 1), ("tenants", 3)), (("value", 1), ("power", 2), ("fresh_gpu", 1))),
+    worths=(("serving", 3),),
+)
+POLICIES = (DEFAULT_POLICY, TIERED, BY_NODES)
 World = tuple[Node, tuple[Taken, ...], Demand]
 LAW = settings(max_examples=100, deadline=None)
 
@@ -38,6 +44,16 @@ def problems(draw: st.DrawFn, real: bool) -> Problem:
     taken = {node.name: draw(strategies.taken_on(node)) for node in nodes}
     demands = draw(st.lists(strategies.simple_demands(*nodes), max_size=4))
     return Problem(Snapshot(nodes, taken), tuple(Ask(f"ask-{i}", d) for i, d in enumerate(demands)))
+
+
+@st.composite
+def mixed_problems(draw: st.DrawFn, real: bool) -> Problem:
+    """Two tiny nodes and up to three asks of any kind, of two priorities."""
+    nodes = tuple(draw(strategies.nodes(name=name, largest=2, real=real)) for name in ("a", "b"))
+    taken = {node.name: draw(strategies.taken_on(node)) for node in nodes}
+    demands = draw(st.lists(strategies.demands(*nodes), max_size=3))
+    asks = tuple(Ask(f"ask-{i}", demand, draw(st.sampled_from((0, 0, 7)))) for i, demand in enumerate(demands))
+    return Problem(Snapshot(nodes, taken), asks)
 
 
 @given(st.booleans().flatmap(node_and_demand), st.sampled_from((DEFAULT_POLICY, TIERED)))
@@ -84,36 +100,35 @@ def test_the_joint_plan_is_the_best_of_all_plans(problem: Problem, policy: Polic
     assert plan.cost == brute.least_cost(problem, policy)
 
 
-@given(st.booleans().flatmap(problems), st.data())
+@given(st.booleans().flatmap(mixed_problems), st.sampled_from(POLICIES))
 @LAW
-def test_a_plan_with_coupled_asks_is_legal_and_leaves_nothing_that_fits(problem: Problem, data: st.DataObject) -> None:
-    """Asks of several parts go first, one by one; then nothing that stays unplaced may have a legal step."""
-    coupled = data.draw(st.lists(strategies.demands(*problem.snapshot.nodes), max_size=2))
-    asks = (*problem.asks, *(Ask(f"coupled-{i}", demand) for i, demand in enumerate(coupled)))
-    problem = replace(problem, asks=asks)
-    plan = solve(problem)
+def test_the_joint_plan_is_the_best_whatever_is_asked(problem: Problem, policy: Policy) -> None:
+    """The same for slices and GPUs together, shares, CPU, memory, terms, guests, priorities and worths."""
+    plan = solve(problem, policy)
+
+    assert verify(problem, plan) == []
+    assert plan.status is Status.OPTIMAL
+    assert plan.cost == brute.least_cost(problem, policy)
+
+
+@given(mixed_problems(real=True), st.sampled_from(POLICIES))
+@LAW
+def test_a_plan_made_under_no_time_is_legal_and_leaves_nothing_that_fits(problem: Problem, policy: Policy) -> None:
+    """Out of time, the one-pod path fills what the model left, and the bound is true."""
+    plan = solve(problem, policy, deterministic_limit=0.0)
     taken = {name: list(devices) for name, devices in problem.snapshot.taken.items()}
-    for ask in asks:
+    for ask in problem.asks:
         placement = plan.placements.get(ask.id)
         if placement is not None:
             taken[placement.node].append(allocation_of(ask.demand, placement))
     after = Snapshot(problem.snapshot.nodes, {name: tuple(devices) for name, devices in taken.items()})
 
     assert verify(problem, plan) == []
-    assert not any(legal_step_exists(after, ask.demand) for ask in asks if ask.id in plan.unplaced)
+    assert not any(legal_step_exists(after, ask.demand) for ask in problem.asks if ask.id in plan.unplaced)
+    assert plan.bound <= solve(problem, policy).cost <= plan.cost
 
 
-@given(problems(real=True))
-@LAW
-def test_a_plan_made_under_no_time_is_legal_and_leaves_nothing_that_fits(problem: Problem) -> None:
-    """Out of time, the one-pod path fills what the model left."""
-    plan = solve(problem, deterministic_limit=0.0)
-
-    assert verify(problem, plan) == []
-    assert plan.bound <= plan.cost
-
-
-@given(problems(real=True))
+@given(mixed_problems(real=True))
 @LAW
 def test_names_and_order_of_nodes_change_no_cost(problem: Problem) -> None:
     """Equal nodes are equal, whatever they are called and wherever they stand."""
