@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo cluster test unit e2e soak lint format bench bench-quality lock clean
+.PHONY: help setup demo cluster test unit e2e soak properties lint format bench bench-quality lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ e2e: $(STAMP) ## the tests on the real control plane and in a real browser
 soak: $(STAMP) ## the failure tests with their full counts
 	@$(BIN)/python -m tests.e2e.toolchain
 	@$(BIN)/python -m pytest tests -m soak -q -s
+
+properties: $(STAMP) ## the property tests with ever new seeds (MINUTES=60)
+	@$(BIN)/python -m tests.properties --minutes $(or $(MINUTES),60)
 
 bench: $(STAMP) ## pods per second through the real kube-scheduler, with and without the extender (out/bench/)
 	@$(BIN)/python -m tests.e2e.toolchain
