@@ -61,6 +61,21 @@ async def test_gated_and_bound_pods_and_those_that_ask_nothing_of_us_are_not_pla
     await world.until(lambda: planned(world) == {"4 GPUs": (1, 0)})
 
 
+SIZES = ("4", "3", "5", "4")
+
+
+@pytest.mark.parametrize(("planning", "placed"), [(False, 3), (True, 4)])
+async def test_a_burst_that_follows_its_plan_places_more_than_one_by_one(planning, placed):
+    """Each to the node that it fills best: 4 + 3 and 5, and the last has no place. Together: 4 + 4 and 5 + 3."""
+    async with World({"h1": "8xH100", "h2": "8xH100"}, **{**QUICK, "planning": planning}).running() as world:
+        for number, size in enumerate(SIZES):
+            world.add_pod(f"p{number}", {GPU: size})
+        if planning:
+            await world.until(lambda: planned(world) == {"3 GPUs": (1, 0), "4 GPUs": (2, 0), "5 GPUs": (1, 0)})
+        bound = [bool(await world.schedule(f"p{number}")) for number in range(len(SIZES))]
+        assert sum(bound) == placed
+
+
 async def test_planned_nodes_are_ranked_first_and_the_others_stay_feasible(world):
     """One GPU each by itself would go to the node that is in use; the plan keeps it for seven."""
     world.add_pod("p", {GPU: "1"})
