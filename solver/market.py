@@ -10,6 +10,11 @@ cost it, has values of its own; with these the fleet is simulated again, until b
 All is counted on *classes* of states that no sequence of arrivals and departures can tell apart, and on what
 profiles take, not on their names: boards of one family share one solution. No clock, no I/O; the same seed gives
 the same table.
+
+Found on the way: on eight units all horizons from 0.1 to 30 end within a tenth of a point of each other, and neither
+their mean nor more seeds is better. Only pods that are the same for all candidates show such differences at all: on
+streams of their own, 600,000 arrivals still leave a quarter of a point to chance. `options` with a convex part is a
+stronger candidate than the policy of that name, whose figure depends on its ties.
 """
 
 from __future__ import annotations
@@ -27,11 +32,11 @@ from solver.geometry import Block, Cut, Geometry, Slice, empty, grid
 MILLI = 1000
 
 STATES = 20_000
-"""A geometry with more states than this keeps the `options` formula: counting them would take over a second.
-The largest board known has 2,319."""
+"""A geometry with more states than this keeps the `options` formula: counting and merging them takes half a second.
+The largest board known has 1,499."""
 
 BLOCKS = 256
-"""The same for blocks; the largest board known has 24."""
+"""The same for blocks; the largest board known has 21."""
 
 CLASSES = 600
 """The same for merged states: the linear systems grow with their cube. The largest board known has 260."""
