@@ -9,7 +9,6 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from app.replay.mig import CLASSIC
 from solver import market
 from solver.demand import ANY_TERMS, SliceNeed
 from solver.geometry import Cut, Geometry, Profile, Slice, cut, empty, placed_states
@@ -18,6 +17,8 @@ from solver.market import Demand, Graph, Stream, graph_of, shape_of, solve_table
 from solver.values import Values
 from tests.builders import A30, A100, H100, RTX
 from tests.strategies import geometries
+
+CLASSIC = replace(H100, profiles=tuple(p for p in H100.profiles if not p.name.endswith("+me")))
 
 QUICK = 800  # arrivals: rough tables, but every law must hold for them too
 
