@@ -34,9 +34,13 @@ SAFE_RANGE = 2**31 - 1
 """Σ |coefficient × range| of every row and of every objective stays within this: beyond it OR-Tools 9.15 has
 certified wrong optima (or-tools #5293)."""
 
-FIRST_SHARE = 8
-"""The first try takes the variables with reduced costs up to this part of the largest coefficient (of 8, 32 and
-128 this was the fastest: with fewer variables CP-SAT has less to repair a solution with)."""
+FIRST_SHARES = (0, 64, 8)
+"""CP-SAT first gets the variables with no reduced cost, then those up to these parts of the largest coefficient. The
+optimum of a large plan is mostly its linear bound (11 of 12 half-full clusters of 5,000 nodes; the other was 4
+milli-GPU off), and then the fewest variables are the fastest: 3 to 29 ms, where a first try at 1/8 took 66 to 920."""
+
+QUICK = 2.0
+"""CP-SAT's deterministic time for each try but the last."""
 
 PARTS = (1, 2, 3, 4, 6, 12, 24, 60, 120, 840)
 """Duals are rounded to whole parts of one, the first of these that gives the linear bound. Those of small programs
@@ -62,6 +66,11 @@ class Limits:
     def none_left(self, spent: float) -> bool:
         """Whether it is over after so many seconds in solvers."""
         return self.deterministic == 0.0 or (self.seconds is not None and spent >= self.seconds)
+
+    def at_most(self, deterministic: float) -> Limits:
+        """With no more of CP-SAT's deterministic time for one solve."""
+        known = deterministic if self.deterministic is None else min(self.deterministic, deterministic)
+        return replace(self, deterministic=known)
 
     def less(self, spent: float) -> Limits:
         """What is left after so many seconds."""
@@ -178,22 +187,40 @@ class Program:
         """
         start = self.seconds
         priced = self.price(goal)
-        wide = max(priced.reduced, default=0)
-        threshold = min(wide, max(1, priced.parts * max((abs(c) for _, c in goal), default=0) // FIRST_SHARE))
-        while True:
-            found = self._decide(goal, priced, threshold, limits.less(self.seconds - start), hint)
-            if found.status is Status.INFEASIBLE and threshold < wide and not one_try:
-                threshold = wide
-            elif found.status is Status.OPTIMAL and found.cost * priced.parts - priced.bound > threshold < wide:
-                threshold = min(wide, found.cost * priced.parts - priced.bound)
-                hint = found.values
+        wide = max(0, *priced.reduced) if priced.reduced else 0
+        largest = priced.parts * max((abs(coefficient) for _, coefficient in goal), default=0)
+        shares = [largest // share if share else 0 for share in FIRST_SHARES]
+        tries = [share for share in shares if share < wide] + ([] if one_try else [wide])
+        best = Solution(Status.UNKNOWN, None, 0, priced.least)
+        bound = priced.least
+        for i, threshold in enumerate(tries or [wide]):
+            left = limits.less(self.seconds - start)
+            quick = left if threshold == wide else left.at_most(QUICK)
+            found = self._decide(goal, priced, threshold, quick, hint if best.values is None else best.values)
+            gap = found.cost * priced.parts - priced.bound
+            if found.status is Status.OPTIMAL and threshold < min(gap, wide):
+                threshold, best = min(gap, wide), found
+                left = limits.less(self.seconds - start)
+                found = self._decide(goal, priced, threshold, left, found.values)
+            unseen = found.bound
+            if threshold < wide:
+                unseen = -(-(priced.bound + threshold + 1) // priced.parts)
+            if found.status is Status.INFEASIBLE:
+                bound = max(bound, unseen if threshold < wide else bound)
+                best = found if best.values is None else best
             else:
+                bound = max(bound, min(found.bound, unseen))
+                if found.values is not None and (best.values is None or found.cost <= best.cost):
+                    best = found
+            over = limits.none_left(self.seconds - start) or (i + 1 == len(tries))
+            if over or (best.values is not None and bound >= best.cost):
                 break
-        unseen = -(-(priced.bound + threshold + 1) // priced.parts) if threshold < wide else found.bound
-        bound = max(priced.least, min(found.bound, unseen))
-        if found.values is not None:
-            found = replace(found, status=Status.OPTIMAL if bound >= found.cost else Status.FEASIBLE)
-        return replace(found, bound=bound, seconds=self.seconds - start)
+        if best.values is not None:
+            best = replace(best, status=Status.OPTIMAL if bound >= best.cost else Status.FEASIBLE)
+            bound = min(bound, best.cost)
+        elif best.status is Status.INFEASIBLE and not (tries and tries[-1] == wide):
+            best = replace(best, status=Status.UNKNOWN)
+        return replace(best, bound=bound, seconds=self.seconds - start)
 
     def price(self, goal: Terms) -> Priced:
         """A lower bound from rounded duals, and each variable's and each row's reduced cost."""
