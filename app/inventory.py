@@ -16,6 +16,7 @@ from solver import Device, Geometry, Node, Profile, Slice
 from solver import Gpu as SolverGpu
 from solver.topology import PCIE_GBS
 
+MOST_GEOMETRIES = 64  # several for each product that there is; whoever reports more makes them up
 UNKNOWN = "unknown"  # an agent's word for an architecture that its NVML does not tell
 
 
@@ -38,7 +39,7 @@ class Inventory:
         self._entries: dict[str, Entry] = {}
         self._homes: dict[str, set[str]] = {}
         self.geometries: set[Geometry] = set()
-        """How boards in MIG mode can be cut, of every report so far."""
+        """How boards in MIG mode can be cut, of every report so far: of MOST_GEOMETRIES about."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._entries))
@@ -59,7 +60,8 @@ class Inventory:
         self.drop(report.node)
         self._entries[report.node] = Entry(report, node_of(report), users_of(report), now, lasting)
         node = self._entries[report.node].node
-        self.geometries.update([gpu.geometry for gpu in node.gpus if gpu.geometry is not None])
+        if len(self.geometries) < MOST_GEOMETRIES:
+            self.geometries.update([gpu.geometry for gpu in node.gpus if gpu.geometry is not None])
         for gpu in report.gpus:
             self._homes.setdefault(gpu.uuid, set()).add(report.node)
         return True

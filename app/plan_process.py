@@ -19,11 +19,12 @@ from app.offers import View
 from app.planner import HEADER_BYTES, Begin, Failed, MakePlan, MakeTable, Message, News, frame, with_tables
 from app.schedule import JointPlan, Planned
 from solver import DEFAULT_POLICY, Ask, Geometry, Placement, Plan, Policy, Problem, Snapshot, Status
+from solver.flow import solve  # loads OR-Tools, which takes a second: the service itself never does
 from solver.market import Table, solve_table
 
 log = logging.getLogger("app.plan_process")
 
-NICENESS = 10  # the service answers kube-scheduler first
+NICENESS = 5  # the service answers kube-scheduler first; at 10 and beside a busy control plane plans came too late
 
 
 class Picture:
@@ -42,8 +43,6 @@ class Picture:
 
     def plan(self, order: MakePlan) -> JointPlan:
         """Solve for what is pending. Pods with one demand and priority are the same to the solver."""
-        from solver.flow import solve  # loads OR-Tools, which takes a second: the parent never does
-
         views = [self.nodes[name] for name in sorted(self.nodes)]
         snapshot = Snapshot(tuple(node for node, _ in views), {node.name: taken for node, taken in views})
         groups = [

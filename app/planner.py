@@ -256,7 +256,7 @@ class Planner:
         self._unsent |= self._offers.drain_news()
         if not self._unsent and self._truth.pending_changes == self._pending_seen:
             return
-        if not self._wanted():
+        if not self._truth.pending:
             self._pending_seen = self._truth.pending_changes
             self._schedule.clear()
             return
@@ -264,6 +264,9 @@ class Planner:
         await self._tell(child)
         self._pending_seen = self._truth.pending_changes
         wanted = self._wanted()  # in the same turn as the last piece of news: both are of one moment
+        if not wanted:
+            self._schedule.clear()
+            return
         self._schedule.begin()
         self._answer = asyncio.get_running_loop().create_future()
         await child.say(MakePlan(wanted, self._limit_seconds))

@@ -97,6 +97,11 @@ async def test_shares_are_shown_on_their_gpu_and_counted(client):
     assert (totals["gpus_held"], totals["gpus_shared"], totals["shares_held"], totals["milli_held"]) == (0, 1, 2, 750)
 
 
+async def test_the_plan_says_that_planning_is_off(client):
+    plan = (await client.get("/v1/plan")).json()
+    assert (plan["planning"], plan["status"], plan["demands"]) == (False, None, [])
+
+
 async def test_waiting_pods_are_shown_with_the_reason(client):
     names = await nodes(client)
     await client.post("/filter", json={"Pod": pod_json("p", {GPU: "9"}), "Nodes": None, "NodeNames": names})

@@ -13,8 +13,9 @@ import pytest
 
 from app.simulate import report_of
 from solver import DEFAULT_POLICY, Ask, Demand, Problem, Snapshot
-from solver.flow import solve, worth
+from solver.flow import solve
 from solver.samples import parse_samples
+from solver.units import Worth
 from tests.e2e.checker import MIG, Checker, asks_of, is_live, is_refused, refusal_of
 from tests.e2e.nodes import KubernetesObject
 from tests.e2e.stack import GPU, Stack, burst
@@ -72,33 +73,22 @@ def settle(stack: Stack, checker: Checker, *, since: float, timeout: float = SET
 
 
 def summary(stack: Stack, pods: Sequence[KubernetesObject], seconds: float) -> str:
-    """Placed beside the joint optimum of the same asks on the same, empty cluster."""
+    """Placed beside the joint optimum of the same asks on the same, empty cluster; how many pods followed a plan."""
     asks = tuple(Ask(pod["metadata"]["uid"], _demand(pod)) for pod in pods)
     plan = solve(Problem(Snapshot(stack.nodes), asks), DEFAULT_POLICY, time_limit_seconds=60)
     placed = {pod["metadata"]["uid"] for pod in pods if pod["spec"].get("nodeName")}
-    units = _units(stack)
+    worth = Worth.among(DEFAULT_POLICY, {(gpu.kind, gpu.geometry) for node in stack.nodes for gpu in node.gpus})
     demands = {ask.id: ask.demand for ask in asks}
-    ours = sum(worth(demands[uid], units) for uid in placed) / 1000
-    theirs = sum(worth(demands[uid], units) for uid in plan.placements) / 1000
+    ours = sum(worth.of(demands[uid]) for uid in placed) / 1000
+    theirs = sum(worth.of(demands[uid]) for uid in plan.placements) / 1000
     kinds = Counter(str(demands[uid]) for uid in placed)
     best = Counter(str(demands[uid]) for uid in plan.placements)
     table = ", ".join(f"{kind} {kinds[kind]}:{best[kind]}" for kind in sorted(best | kinds))
     return (
         f"{len(placed)} of {len(pods)} pods placed in {seconds:.1f} s, worth {ours:.1f} GPUs; joint optimum "
-        f"({plan.status.value}) {len(plan.placements)} pods, worth {theirs:.1f} GPUs; ours:optimum by kind: {table}"
+        f"({plan.status.value}) {len(plan.placements)} pods, worth {theirs:.1f} GPUs; ours:optimum by kind: {table}; "
+        f"{stack.service.get('/v1/plan')['binds']}"
     )
-
-
-def _units(stack: Stack) -> dict[str, int]:
-    """Milli-GPU of a slice by profile: the smallest share of a GPU's memory that it is anywhere in the cluster."""
-    units: dict[str, int] = {}
-    for node in stack.nodes:
-        for gpu in node.gpus:
-            for profile in gpu.geometry.profiles if gpu.geometry else ():
-                assert gpu.geometry is not None
-                share = 1000 * profile.size // gpu.geometry.width
-                units[profile.name] = min(share, units.get(profile.name, share))
-    return units
 
 
 def _demand(pod: KubernetesObject) -> Demand:
