@@ -47,7 +47,7 @@ def solve(
     better, but it could be better down to `bound`.
     """
     question = question_of(problem, policy)
-    walk = _Walk(problem, question)
+    walk = Walk(problem, question)
     limits = Limits(seed, workers, time_limit_seconds, deterministic_limit)
     decision = decide_units(walk.counted(), question, limits)
     for take in decision.takes:
@@ -160,7 +160,7 @@ class _Standing:
         return Device(self.room.cuts[i][0].uuid, at), real
 
 
-class _Walk:
+class Walk:
     """Real devices for the units of a plan."""
 
     def __init__(self, problem: Problem, question: Question) -> None:
