@@ -268,22 +268,29 @@ class Planner:
             self._schedule.clear()
             return
         self._schedule.begin()
+        try:
+            answer = await self._answer_to(child, MakePlan(wanted, self._limit_seconds), ears)
+            if isinstance(answer, Failed):
+                log.error("no plan could be made: %s", answer.reason)
+                return
+            self._schedule.adopt(answer)
+        finally:
+            self._schedule.end()
+        self.made_at = self._clock()
+        self.seconds = self.made_at - began
+        self._made(answer, self.seconds)
+
+    async def _answer_to(self, child: Child, order: MakePlan, ears: asyncio.Task[None]) -> JointPlan | Failed:
+        """The plan. Raises EOFError where the child has ended, TimeoutError where it hangs."""
         self._answer = asyncio.get_running_loop().create_future()
-        await child.say(MakePlan(wanted, self._limit_seconds))
-        async with asyncio.timeout(self._limit_seconds + GRACE_SECONDS):
-            awaited: set[asyncio.Future[Any]] = {self._answer, ears}
+        await child.say(order)
+        awaited: set[asyncio.Future[Any]] = {self._answer, ears}
+        async with asyncio.timeout(order.seconds + GRACE_SECONDS):
             await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
         if not self._answer.done():
             ears.result()
             raise EOFError("it ended while it made a plan")
-        answer = self._answer.result()
-        if isinstance(answer, Failed):
-            log.error("no plan could be made: %s", answer.reason)
-            return
-        self._schedule.adopt(answer)
-        self.made_at = self._clock()
-        self.seconds = self.made_at - began
-        self._made(answer, self.seconds)
+        return self._answer.result()
 
     async def _tell(self, child: Child) -> None:
         """Send what has changed, piece by piece, until nothing is left."""

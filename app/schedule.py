@@ -2,7 +2,7 @@
 
     plan ──adopt()──▶ left ──nodes_for()──▶ prioritize ranks those nodes first
                        ▲
-                     use(): a pod was assumed there
+                     use(): a pod was assumed there (since begin() also while the plan was made)
 
 A plan is made on a snapshot and is old when it comes. So it only ranks: no node is refused because of it, and
 what was assumed while it was in the making has used up its part already. No I/O, no clock.
@@ -64,11 +64,16 @@ class Schedule:
         self.unplanned = 0
         """Pods of whose like no plan had any left."""
         self._left: dict[Demand, dict[str, int]] = {}
-        self._meanwhile: list[tuple[Demand, str]] = []
+        self._meanwhile: list[tuple[Demand, str]] | None = None
+        """What was assumed since a plan began to be made; None while none is."""
 
     def begin(self) -> None:
         """A plan is being made of things as they are now."""
         self._meanwhile = []
+
+    def end(self) -> None:
+        """None is being made any more, whether one was adopted or not."""
+        self._meanwhile = None
 
     def adopt(self, plan: JointPlan) -> None:
         """It is made; what was assumed since `begin` has its part already."""
@@ -78,9 +83,8 @@ class Schedule:
             left = self._left.setdefault(planned.demand, {})
             for node, count in planned.on:
                 left[node] = left.get(node, 0) + count
-        for demand, node in self._meanwhile:
+        for demand, node in self._meanwhile or ():
             self._take(demand, node)
-        self._meanwhile = []
 
     def clear(self) -> None:
         """Nothing is pending any more: what is left of the plan was for pods that are gone."""
@@ -92,7 +96,8 @@ class Schedule:
 
     def use(self, demand: Demand, node: str) -> None:
         """A pod with this demand was assumed on the node."""
-        self._meanwhile.append((demand, node))
+        if self._meanwhile is not None:
+            self._meanwhile.append((demand, node))
         if demand not in self._left:
             self.unplanned += 1
         elif self._take(demand, node):

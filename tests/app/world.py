@@ -56,7 +56,7 @@ class World:
         finally:
             await self.service.stop()
 
-    async def until(self, true: Any, seconds: float = 20.0) -> None:
+    async def until(self, true: Any, seconds: float = 60.0) -> None:
         """Wait for a condition that background tasks bring about."""
         async with asyncio.timeout(seconds):
             while not true():
