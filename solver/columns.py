@@ -21,11 +21,11 @@ from solver.goals import offers
 from solver.steps import Host, RoomState, State, Step
 from solver.units import Lens, Scale, Unit, is_coupled
 
-REACHED = 3_000
+REACHED = 600
 """States that one unit's courses may lead through. A cut board has up to a few hundred, eight GPUs in two NUMA
-nodes 45; eight GPUs with shares on them have millions, and are not complete."""
+nodes 45; eight GPUs with shares on them have millions, and are not complete. A state takes up to a millisecond."""
 
-STATES = 20_000
+STATES = 5_000
 """The same for all units of a plan together."""
 
 BUNDLES = 3_000
@@ -128,7 +128,7 @@ class Courses:
         """What serving this costs where it changes nothing; None where it changes something, or is not served."""
         for offer in offers(state, need, self._lens.policy):
             if self._lens.state(offer.step.after) == state:
-                return self._scale.of_step(offer.step)
+                return self._scale.of(offer)
         return None
 
     def _to(self, number: int, bundle: Packed) -> Course | None:
@@ -181,9 +181,9 @@ class Courses:
             self._looked_at += 1
             state = self._states[number]
             parts: Iterable[Part] = self._hosted if isinstance(state, Host) else self._sliced
-            look, price = self._lens.state, self._scale.of_step
+            look, price = self._lens.state, self._scale.of
             arcs = self._arcs[number] = [
-                _Arc(d, self._number(look(offer.step.after)), price(offer.step), offer.step)
+                _Arc(d, self._number(look(offer.step.after)), price(offer), offer.step)
                 for d, need in parts
                 for offer in offers(state, need, self._lens.policy)
                 if look(offer.step.after) != state or not is_loose(need)

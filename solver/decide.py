@@ -26,11 +26,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from solver.cluster import GPU_MILLI
 from solver.columns import BITS, MASK, Catalogue, Column, Packed, Way, counts_of, in_order, is_loose, packed
 from solver.demand import Demand
 from solver.geometry import Cut
 from solver.goals import WORST_MILLI, Policy
-from solver.greedy import Move, Mover, Position, place_all
+from solver.greedy import Mover, Position, place_all
 from solver.plan import Status, Tier
 from solver.program import NOTHING, Floors, Limits, Program, minimise_in_order
 from solver.relaxed import Relaxation
@@ -44,7 +45,13 @@ UNPLACED_WEIGHT = 1_000
 """What a milli-GPU unplaced counts against one of price while columns are generated."""
 
 
-MOVES = 200_000
+BEAM = 6
+"""Positions that such a walk keeps after each demand."""
+
+KEPT = 3
+"""Columns that it may add for one unit in one round."""
+
+MOVES = 30_000
 """Steps that may be worked out while columns are generated (some ten seconds)."""
 
 TINY = 1e-6
@@ -141,14 +148,11 @@ def decide_units(units: Mapping[Unit, int], question: Question, limits: Limits) 
     answers = [
         _Part(question, demands, mine, catalogue, mover, limits).solve() for demands, mine in _separate(units, question)
     ]
-    names = question.tier_names()
-    tiers = []
-    for t, name in enumerate(names):
-        value = sum(answer.tiers[t].value for answer in answers)
-        bound = sum(answer.tiers[t].bound for answer in answers)
-        statuses = {answer.tiers[t].status for answer in answers}
-        status = next((each for each in (Status.UNKNOWN, Status.FEASIBLE) if each in statuses), Status.OPTIMAL)
-        tiers.append(Tier(name, value, bound, status))
+    bounds = [
+        Tier(name, 0, sum(answer.tiers[t].bound for answer in answers), Status.UNKNOWN)
+        for t, name in enumerate(question.tier_names())
+    ]
+    tiers = in_status(bounds, [sum(answer.tiers[t].value for answer in answers) for t in range(len(bounds))])
     unplaced: dict[Wish, int] = {}
     for answer in answers:
         unplaced.update(answer.unplaced)
@@ -158,9 +162,21 @@ def decide_units(units: Mapping[Unit, int], question: Question, limits: Limits) 
         question.demands,
         tuple(take for answer in answers for take in answer.takes),
         unplaced,
-        tuple(tiers),
+        tiers,
         sum(answer.seconds for answer in answers),
     )
+
+
+def in_status(tiers: Sequence[Tier], values: Sequence[int]) -> tuple[Tier, ...]:
+    """The tiers with these values: proven down to the first whose bound is not reached."""
+    found, status = [], Status.OPTIMAL
+    for tier, value in zip(tiers, values, strict=True):
+        if status is Status.OPTIMAL:
+            status = Status.OPTIMAL if value == tier.bound else Status.FEASIBLE
+        else:
+            status = Status.UNKNOWN
+        found.append(Tier(tier.name, value, tier.bound, status))
+    return tuple(found)
 
 
 def _separate(units: Mapping[Unit, int], question: Question) -> list[tuple[list[int], dict[Unit, int]]]:
@@ -439,39 +455,44 @@ class _Part:
             for unit in open_units:
                 if self.limits.none_left(self.seconds) or self.mover.looked_at > MOVES:
                     return
-                rent = float(duals[choices.row_of_unit[unit]])
-                for by_size in (False, True):
-                    grown = self._grow(unit, rewards, digit, by_size=by_size)
-                    if grown is not None and grown[0] > TINY - rent:
-                        added += self.columns[unit].add(grown[1].column())
+                rent = -float(duals[choices.row_of_unit[unit]])
+                for profit, position in self._grow(unit, rewards, digit):
+                    if profit > rent + TINY:
+                        added += self.columns[unit].add(position.column())
             if not added:
                 return
 
-    def _grow(
-        self, unit: Unit, rewards: Mapping[int, float], digit: int, *, by_size: bool
-    ) -> tuple[float, Position] | None:
-        """Serve what pays best (for its size) as long as something pays."""
+    def _grow(self, unit: Unit, rewards: Mapping[int, float], digit: int) -> list[tuple[float, Position]]:
+        """What pays best on such a unit, by a walk that keeps a few positions after each demand, the large first."""
         question = self.question
-        here = Position(unit, unit.state, 0, 0, 1)
-        profit = 0.0
-        while True:
-            best: tuple[float, float, int, Move] | None = None
-            for d in self.demands:
-                if rewards[d] <= 0 or here.bundle >> BITS * d & MASK >= min(MASK, question.counts[d]):
-                    continue
-                move = self.mover.move(unit, here.state, d)
-                if move is not None and not (move.after == here.state and is_loose(question.demands[d].host_need)):
-                    gain = rewards[d] - move.price / digit
-                    score = gain / question.worths[d] if by_size else gain
-                    if gain > TINY and (best is None or score > best[0]):
-                        best = (score, gain, d, move)
-            if best is None:
-                return (profit, here) if here.bundle else None
-            _, gain, d, move = best
-            profit += gain
-            here = Position(
-                unit, move.after, here.bundle + packed(d), here.price + move.price, 1, here, (d, move.steps)
-            )
+        worths = question.worths
+        order = sorted((d for d in self.demands if rewards[d] > 0), key=lambda d: (-worths[d], d))
+        caps = [min(MASK, count) for count in question.counts]
+        best_rate = max((rewards[d] / worths[d] for d in order), default=0.0)
+        found: list[tuple[float, Position]] = []
+        beam = [(0.0, 0, Position(unit, unit.state, 0, 0, 1))]
+        while beam:
+            after: dict[UnitState, tuple[float, int, Position]] = {}
+            for profit, first, here in beam:
+                for i in range(first, len(order)):
+                    d = order[i]
+                    if here.bundle >> BITS * d & MASK >= caps[d]:
+                        continue
+                    move = self.mover.move(unit, here.state, d)
+                    if move is None or move.after == here.state:
+                        continue
+                    total = profit + rewards[d] - move.price / digit
+                    known = after.get(move.after)
+                    if known is None or total > known[0]:
+                        bundle, price = here.bundle + packed(d), here.price + move.price
+                        after[move.after] = (
+                            total,
+                            i,
+                            Position(unit, move.after, bundle, price, 1, here, (d, move.steps)),
+                        )
+            beam = sorted(after.values(), key=lambda each: -each[0] - best_rate * _free(each[2].state))[:BEAM]
+            found = sorted([*found, *[(profit, here) for profit, _, here in beam]], key=lambda each: -each[0])[:KEPT]
+        return found
 
     # --- one by one, and the answer ---
 
@@ -542,13 +563,20 @@ class _Part:
         asks = sum(question.pending[wish] for wish in self.wishes)
         least = [0] * len(question.priorities)
         least += [-WORST_MILLI * asks * sum(weight for _, weight in tier) for tier in question.policy.tiers]
-        tiers, status = [], Status.OPTIMAL
-        for name, value, bound, lowest in zip(question.tier_names(), values, bounds, least, strict=True):
-            if status is not Status.OPTIMAL:
-                tiers.append(Tier(name, value, lowest, Status.UNKNOWN))
-                continue
-            bound = max(bound, lowest)
-            status = Status.OPTIMAL if value == bound else Status.FEASIBLE
-            tiers.append(Tier(name, value, bound, status))
+        known = [
+            Tier(name, value, max(bound, lowest), Status.UNKNOWN)
+            for name, value, bound, lowest in zip(question.tier_names(), values, bounds, least, strict=True)
+        ]
+        tiers = list(in_status(known, values))
         takes = [Take(each.unit, each.column.way(), each.times, each.loose) for each in plan if each.times]
         return _Answer(takes, self._unplaced(plan), tiers, self.seconds)
+
+
+def _free(state: UnitState) -> int:
+    """Milli-GPU that are free."""
+    if isinstance(state, RoomState):
+        return state.host.free_milli + sum(count * _free(cut) for cut, count in state.cuts)
+    if isinstance(state, Host):
+        return state.free_milli
+    free = state.geometry.width - state.without_idle().busy.bit_count()
+    return GPU_MILLI * free // state.geometry.width

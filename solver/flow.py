@@ -14,16 +14,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from solver.cluster import GPU_MILLI, Device, Gpu
-from solver.decide import Question, Take, Wish, decide_units
+from solver.decide import Question, Take, Wish, decide_units, in_status
 from solver.demand import Ask, Demand, HostNeed, Problem
 from solver.fits import refusal
 from solver.geometry import Cut
-from solver.goals import DEFAULT_POLICY, Policy, Prices, offers, prices_of, steps_of
+from solver.goals import DEFAULT_POLICY, Policy, Prices, allocation_of, offers, prices_of, steps_of
 from solver.guests import join
-from solver.plan import Placement, Plan, Unplaced
+from solver.plan import Placement, Plan, Status, Tier, Unplaced
 from solver.program import Limits
+from solver.rank import Ranking
 from solver.steps import Host, Part, Room, Step, read
 from solver.units import Unit, Worth
+
+ONE_BY_ONE = 2_000
+"""Asks up to which a plan that is not proven is held against the one-pod path, ask by ask (a millisecond each).
+Beyond, the counted one (`greedy`) must do."""
 
 UNPLACED = 10**12
 """What a milli-GPU that is not placed counts in a plan's cost at least, next to 1 for a milli-GPU of price. With
@@ -52,10 +57,56 @@ def solve(
     decision = decide_units(walk.counted(), question, limits)
     for take in decision.takes:
         walk.send(take)
+    placed, tiers = walk.placed, decision.tiers
+    if decision.status is not Status.OPTIMAL and len(problem.asks) <= ONE_BY_ONE:
+        placed, tiers = _no_worse_than(_one_by_one(problem, policy), placed, tiers, problem, question)
     unit = dict(zip(question.tier_names(), digits(question), strict=True))
-    cost = sum(unit[tier.name] * tier.value for tier in decision.tiers)
-    bound = sum(unit[tier.name] * tier.bound for tier in decision.tiers)
-    return Plan(decision.status, _outcomes(problem, walk.placed), cost, bound, decision.tiers, decision.seconds)
+    cost = sum(unit[tier.name] * tier.value for tier in tiers)
+    bound = sum(unit[tier.name] * tier.bound for tier in tiers)
+    status = Status.OPTIMAL if cost == bound else Status.FEASIBLE
+    return Plan(status, _outcomes(problem, placed), cost, bound, tiers, decision.seconds)
+
+
+def _one_by_one(problem: Problem, policy: Policy) -> dict[str, Placement]:
+    """The one-pod path for each ask in its turn: the urgent first, then in the order of the problem."""
+    nodes = {node.name: node for node in problem.snapshot.nodes}
+    order = {name: i for i, name in enumerate(nodes)}
+    taken = {name: list(problem.snapshot.taken.get(name, ())) for name in nodes}
+    ranking = Ranking(policy)
+    for name, node in nodes.items():
+        ranking.put(node, taken[name])
+    placed = {}
+    for ask in sorted(problem.asks, key=lambda ask: -ask.priority):
+        prices = ranking.prices(ask.demand)
+        if prices:
+            name = min(prices, key=lambda name: (prices[name], order[name]))
+            placement = ranking.best(ask.demand, name)
+            assert placement is not None
+            placed[ask.id] = placement
+            taken[name].append(allocation_of(ask.demand, placement))
+            ranking.put(nodes[name], taken[name])
+    return placed
+
+
+def _no_worse_than(
+    other: dict[str, Placement],
+    placed: dict[str, Placement],
+    tiers: tuple[Tier, ...],
+    problem: Problem,
+    question: Question,
+) -> tuple[dict[str, Placement], tuple[Tier, ...]]:
+    """The better of the two plans, with the same bounds."""
+    values = [0] * len(tiers)
+    for ask in problem.asks:
+        if ask.id in other:
+            for t, tier in enumerate(question.policy.tiers, start=len(question.priorities)):
+                prices = dict(other[ask.id].prices)
+                values[t] += sum(weight * prices[name] for name, weight in tier)
+        else:
+            values[question.priorities.index(ask.priority)] += question.worths[question.number[ask.demand]]
+    if values >= [tier.value for tier in tiers]:
+        return placed, tiers
+    return other, in_status(tiers, values)
 
 
 def question_of(problem: Problem, policy: Policy) -> Question:

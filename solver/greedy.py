@@ -94,7 +94,7 @@ class Mover:
         if not found:
             return None
         step = found[0].step
-        return Move(self._scale.of_step(step), self._lens.state(step.after), (step,))
+        return Move(self._scale.of(found[0]), self._lens.state(step.after), (step,))
 
     def _in_room(self, state: RoomState, demand: Demand) -> Move | None:
         policy = self._lens.policy

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from solver.cluster import GPU_MILLI
 from solver.demand import Demand
 from solver.geometry import NO_KIND, Cut, Kind
-from solver.goals import WORST_MILLI, Policy, prices_of, steps_of
+from solver.goals import GOALS, WORST_MILLI, Offer, Policy, prices_of, steps_of
 from solver.guests import NOBODY, Guests
 from solver.steps import Host, Part, RoomState, State, Step
 
@@ -49,21 +49,23 @@ class Scale:
             self.digits.insert(0, digit)
             digit *= 2 * WORST_MILLI * max(1, demands) * max(1, sum(weight for _, weight in tier)) + 1
         self.reach = digit
-        self._weights: dict[str, int] = {}
+        weights: dict[str, int] = {}
         for tier, each in zip(policy.tiers, self.digits, strict=True):
-            self._weights.update({name: each * weight for name, weight in tier})
+            weights.update({name: each * weight for name, weight in tier})
+        self._weighted = [(goal, weights.get(goal.name, 0)) for goal in GOALS]
         self._of_step: dict[Step, int] = {}
 
-    def of_step(self, step: Step) -> int:
-        """What the step costs."""
-        if step not in self._of_step:
-            prices = prices_of((step,), self.policy.values)
-            self._of_step[step] = sum(self._weights.get(name, 0) * milli for name, milli in prices)
-        return self._of_step[step]
+    def of(self, offer: Offer) -> int:
+        """What a step costs."""
+        return offer.price if len(self.digits) < 2 else self.of_step(offer.step)
 
-    def of(self, prices: Iterable[tuple[str, int]]) -> int:
-        """Prices by goal in one number."""
-        return sum(self._weights.get(name, 0) * milli for name, milli in prices)
+    def of_step(self, step: Step) -> int:
+        """The same where its total under the policy is not known."""
+        if step not in self._of_step:
+            self._of_step[step] = sum(
+                weight * goal.of_step(step, self.policy.values) for goal, weight in self._weighted if weight
+            )
+        return self._of_step[step]
 
     def tiers(self, total: int) -> list[int]:
         """The tiers of a number, each negative or not."""
