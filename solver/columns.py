@@ -264,7 +264,8 @@ class Catalogue:
     def __init__(self, demands: Sequence[Demand], caps: Sequence[int], lens: Lens, scale: Scale) -> None:
         self.demands = demands
         self.scale = scale
-        self._caps = caps
+        self.caps = caps
+        self._lens = lens
         small: list[Part] = [(d, demand.host_need) for d, demand in enumerate(demands) if not demand.slices]
         for d, demand in enumerate(demands):
             if demand.slices and not is_coupled(demand):
@@ -306,6 +307,10 @@ class Catalogue:
     def _small_way(self, state: State, bundle: Packed) -> Way:
         return numbered(self.courses.way(state, bundle))
 
+    def host_courses(self, demands: Sequence[int]) -> Courses:
+        """Courses of hosts for the host's part of these demands only."""
+        return Courses([(d, self.demands[d].host_need) for d in demands], self.caps, self._lens, self.scale)
+
     def loose_way(self, state: Host, d: int) -> Way:
         """The step of a demand that changes nothing."""
         found = offers(state, self.demands[d].host_need, self.scale.policy)
@@ -322,7 +327,7 @@ class Catalogue:
         while stack:
             first, bundle, pieces = stack.pop()
             for d in range(first, len(self.demands)):
-                if bundle >> BITS * d & MASK >= self._caps[d]:
+                if bundle >> BITS * d & MASK >= self.caps[d]:
                     continue
                 more, cut_up = bundle + packed(d), pieces + self.cut_into[d]
                 slices = in_cuts.get(cut_up)

@@ -33,10 +33,15 @@ from solver.geometry import Cut
 from solver.goals import WORST_MILLI, Policy
 from solver.greedy import Mover, Position, place_all
 from solver.plan import Status, Tier
+from solver.pools import Pool, Pools
 from solver.program import NOTHING, Floors, Limits, Program, minimise_in_order
 from solver.relaxed import Relaxation
 from solver.steps import Host, RoomState
 from solver.units import Lens, Scale, Unit, UnitState, Worth
+
+POOLS = 40
+"""Whole nodes with too many bundles to list that are said in parts. Each takes a thousand variables or so; with
+more of them columns are generated, and the bound comes from all nodes in one state together."""
 
 ROUNDS = 12
 """How often columns are generated at most. Most of what is to be won comes in the first few rounds."""
@@ -256,6 +261,7 @@ class _Choices:
     program: Program
     unplaced: dict[Wish, int] = field(default_factory=dict)
     taking: list[tuple[Taking, int]] = field(default_factory=list)
+    pools: list[Pool] = field(default_factory=list)
     row_of_unit: dict[Unit, int] = field(default_factory=dict)
     row_of_demand: dict[int, int] = field(default_factory=dict)
 
@@ -280,9 +286,18 @@ class _Part:
         mine = set(demands)
         self.wishes = [wish for wish in question.wishes if question.number[wish.demand] in mine]
         self.columns = {unit: catalogue.of(unit, count) for unit, count in units.items()}
-        self.complete = all(each.complete for each in self.columns.values())
+        self.pools = Pools(catalogue, demands)
+        self.pooled = self._find_pooled()
+        self.complete = all(each.complete or unit in self.pooled for unit, each in self.columns.items())
         self.loose = self._find_loose()
         self.seconds = 0.0
+
+    def _find_pooled(self) -> set[Unit]:
+        """Nodes with too many bundles to list, if there are few such nodes: they are said in parts, one by one."""
+        large = [unit for unit, each in self.columns.items() if not each.complete and isinstance(unit.state, RoomState)]
+        if sum(self.columns[unit].count for unit in large) > POOLS:
+            return set()
+        return {unit for unit in large if isinstance(unit.state, RoomState) and self.pools.can_make(unit.state)}
 
     def solve(self) -> _Answer:
         """To proof where all columns are known; else the best of what is found, one by one included."""
@@ -317,6 +332,10 @@ class _Part:
         if found.values is None:
             return [], False, list(found.bounds)
         taken = [taking._replace(times=found.values[v]) for taking, v in choices.taking if found.values[v]]
+        for pool in choices.pools:
+            column = self.pools.column(pool, found.values)
+            if column.bundle:
+                taken.append(Taking(pool.unit, column, 1))
         return taken, all(status is Status.OPTIMAL for status in found.statuses), list(found.bounds)
 
     def _choose(self, *, only_complete: bool = False) -> _Choices:
@@ -330,6 +349,13 @@ class _Part:
             choices.unplaced[wish] = v
             serving[question.number[wish.demand]].append((v, 1))
         for unit, columns in self.columns.items():
+            if unit in self.pooled:
+                for _ in range(columns.count):
+                    pool = self.pools.add(program, unit, 1)
+                    choices.pools.append(pool)
+                    for d, v in pool.serving.items():
+                        serving[d].append((v, 1))
+                continue
             here = []
             for column in columns.found.values() if columns.complete or not only_complete else ():
                 demands = counts_of(column.bundle)
@@ -366,6 +392,10 @@ class _Part:
         prices: list[list[tuple[int, int]]] = [[] for _ in question.policy.tiers]
         for taking, v in choices.taking:
             for tier, price in zip(prices, question.scale.tiers(taking.column.price), strict=True):
+                if price:
+                    tier.append((v, price))
+        for v, total in [each for pool in choices.pools for each in pool.prices]:
+            for tier, price in zip(prices, question.scale.tiers(total), strict=True):
                 if price:
                     tier.append((v, price))
         return [*unplaced, *prices]
@@ -439,7 +469,7 @@ class _Part:
         """Columns that the linear program would take if it had them, found by greedy walks along its duals."""
         question = self.question
         digit = question.scale.digits[0] if question.scale.digits else 1
-        open_units = [unit for unit, columns in self.columns.items() if not columns.complete]
+        open_units = [unit for unit, each in self.columns.items() if not each.complete and unit not in self.pooled]
         for _ in range(ROUNDS):
             choices = self._choose()
             costs = np.zeros(len(choices.program.most))
@@ -448,6 +478,8 @@ class _Part:
                 costs[v] = UNPLACED_WEIGHT * rank * question.worths[question.number[wish.demand]]
             for taking, v in choices.taking:
                 costs[v] = taking.column.price / digit
+            for v, price in [each for pool in choices.pools for each in pool.prices]:
+                costs[v] = price / digit
             _, duals = choices.program.duals(costs)
             self.seconds += choices.program.seconds
             rewards = {d: float(duals[row]) for d, row in choices.row_of_demand.items()}

@@ -16,8 +16,11 @@ from typing import NamedTuple
 from solver.cluster import GPU_MILLI
 from solver.columns import Catalogue, Columns, counts_of
 from solver.demand import Demand
+from solver.geometry import Cut
+from solver.pools import Pools
 from solver.program import Program
 from solver.steps import Host, RoomState, share_on_kind, terms_allow_host, terms_allow_kind
+from solver.units import is_coupled
 from solver.values import Values
 
 
@@ -40,6 +43,7 @@ class Relaxation:
         self.catalogue = catalogue
         self.caps = caps
         self.demands = demands
+        self.pools = Pools(catalogue, demands)
         self.scale = catalogue.scale
         policy = self.scale.policy
         self._value_weights = [dict(tier).get("value", 0) for tier in policy.tiers]
@@ -51,6 +55,15 @@ class Relaxation:
     def add(self, columns: Columns) -> None:
         """So many units in this state."""
         state = columns.unit.state
+        if isinstance(state, Cut):
+            self._share_a_cut(state, columns)
+            return
+        if isinstance(state, RoomState) and self.pools.can_make(state):
+            pool = self.pools.add(self.program, columns.unit, columns.count)
+            for d, v in pool.serving.items():
+                self.serving.setdefault(d, []).append(v)
+            self.prices += [Price(v, self.scale.tiers(price)) for v, price in pool.prices]
+            return
         room = state if isinstance(state, RoomState) else None
         host = room.host if room is not None else state
         assert isinstance(host, Host)
@@ -126,6 +139,20 @@ class Relaxation:
             return 0, lost + 1
         square = -(-free * free // (GPU_MILLI * size))
         return free // size, max(0, square - now) + 1
+
+    def _share_a_cut(self, cut: Cut, columns: Columns) -> None:
+        """A GPU with too many bundles of its own: its slices by size only, at no price."""
+        sizes = {profile.name: profile.size for profile in cut.geometry.profiles}
+        free = cut.geometry.width - cut.without_idle().busy.bit_count()
+        row = []
+        for d in self.demands:
+            demand = self.catalogue.demands[d]
+            size = sizes.get(demand.slices[0][0], 0) if demand.slices else 0
+            if size and not is_coupled(demand):
+                v = self.program.variable(min(self.caps[d], columns.count * (free // size)))
+                self.serving.setdefault(d, []).append(v)
+                row.append((v, size))
+        self._row(row, columns.count * free)
 
     def _share_the_cuts(self, room: RoomState, count: int, variables: dict[int, int]) -> None:
         catalogue, program = self.catalogue, self.program
