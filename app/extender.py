@@ -214,6 +214,7 @@ class Extender:
         now = self._clock()
         self._ledger.expire(before=now - self._settings.proposal_seconds)
         self._offers.refresh(now=now)
+        self._truth.asked_about(pod)
         if self._kube is None:
             self._truth.remember(pod)
         return pod

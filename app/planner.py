@@ -304,11 +304,12 @@ class Planner:
             self._unsent |= self._offers.drain_news()
 
     def _wanted(self) -> tuple[tuple[Demand, int, int], ...]:
-        """The pending pods that no bind is under way for, counted."""
+        """The pending pods that no bind is under way for and that a scheduler of ours will ask about, counted."""
         counted: Counter[tuple[Demand, int]] = Counter()
         for uid, pod in self._truth.pending.items():
             hold = self._ledger.get(uid)
-            if isinstance(pod.ask, Demand) and (hold is None or not hold.firm):
+            free = (hold is None or not hold.firm) and self._truth.is_asked_about(pod)
+            if free and isinstance(pod.ask, Demand):
                 counted[pod.ask, pod.priority] += 1
         return tuple([(demand, priority, count) for (demand, priority), count in counted.items()])
 

@@ -39,6 +39,7 @@ PLACEMENT_ANNOTATION = "tangram.gpu/placement"
 WAKE_ANNOTATION = "tangram.gpu/wake"
 
 PLACEMENT_VERSION = 1
+DEFAULT_SCHEDULER = "default-scheduler"
 DEFAULT_GRACE_SECONDS = 30.0  # Kubernetes' own default of terminationGracePeriodSeconds
 
 EVERY_PROFILE = "*"  # no profile has this name: it stands for "whatever it is"
@@ -86,7 +87,7 @@ class Pod:
 
     `ask` is what it asks of us now; `need` is what it takes once it is bound, by whomever and whatever its
     annotations say. `finished`: its containers have ended, as its kubelet said. `gated`: somebody holds it back
-    from being scheduled.
+    from being scheduled. `scheduler` is the one that it chose.
     """
 
     ref: PodRef
@@ -100,6 +101,7 @@ class Pod:
     written: Written | Malformed | None = None
     priority: int = 0
     gated: bool = False
+    scheduler: str = DEFAULT_SCHEDULER
 
     @property
     def is_pending(self) -> bool:
@@ -139,6 +141,7 @@ def pod_of(pod: Json) -> Pod:
         written=read_placement(annotations.get(PLACEMENT_ANNOTATION)),
         priority=_whole(spec.get("priority")),
         gated=bool(spec.get("schedulingGates")),
+        scheduler=spec.get("schedulerName") or DEFAULT_SCHEDULER,
     )
 
 

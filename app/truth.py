@@ -67,6 +67,8 @@ class Truth:
         """Pods that wait for devices, whether we were asked about them or not; a bind may be under way."""
         self.pending_changes = 0
         """How often `pending` has changed."""
+        self.askers: set[str] = set()
+        """Names of the schedulers that have asked us about pods."""
         self.unexplained: dict[str, str] = {}
         """UIDs of pods whose placement annotation we cannot explain, with what is wrong with it."""
         self._ending: dict[str, float] = {}
@@ -101,6 +103,16 @@ class Truth:
             self._bound(pod)
         else:
             self._unbound(pod)
+
+    def asked_about(self, pod: Pod) -> None:
+        """A kube-scheduler has asked us about this pod, so it asks us about all that chose it."""
+        if pod.scheduler not in self.askers:
+            self.askers.add(pod.scheduler)
+            self.pending_changes += 1
+
+    def is_asked_about(self, pod: Pod) -> bool:
+        """Whether the pod is one that we are asked about; until anybody has asked, all are."""
+        return not self.askers or pod.scheduler in self.askers
 
     def json_seen(self, item: Json) -> Pod | None:
         """The same for a pod as JSON; one that cannot be read changes nothing, and is logged."""

@@ -76,6 +76,15 @@ async def test_a_burst_that_follows_its_plan_places_more_than_one_by_one(plannin
         assert sum(bound) == placed
 
 
+async def test_pods_of_schedulers_that_never_ask_us_are_not_planned(world):
+    """They would hold room in the plan for ever."""
+    world.add_pod("other", {GPU: "8"}, spec={"schedulerName": "another"})
+    world.add_pod("p", {GPU: "4"})
+    await world.until(lambda: planned(world) == {"8 GPUs": (1, 0), "4 GPUs": (1, 0)})
+    world.filter("p")
+    await world.until(lambda: planned(world) == {"4 GPUs": (1, 0)})
+
+
 async def test_planned_nodes_are_ranked_first_and_the_others_stay_feasible(world):
     """One GPU each by itself would go to the node that is in use; the plan keeps it for seven."""
     world.add_pod("p", {GPU: "1"})
