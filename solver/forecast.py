@@ -113,7 +113,7 @@ class _Uses:
     scarcity: float  # λ per milli, fine
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Forecast:
     """The mix of pods to come, ready to value states. Made by `Forecast.from_mix`; renewed by `with_blocks`.
 

@@ -72,7 +72,7 @@ Rule = Callable[[View], Scored]
 
 def first_fit(view: View) -> Scored:
     """The first node of the list, the first GPU."""
-    return np.full(len(view.kinds.pods), -view.place), view.room.argmax(axis=1)
+    return np.full(len(view.kinds.pods), -view.place), _where_most(view, view.room)
 
 
 def best_fit(view: View) -> Scored:
@@ -96,10 +96,13 @@ def _whole(scores: Floats) -> Ints:
 
 def _smallest(view: View) -> Ints:
     """The GPU with the least left that is enough, by kind of pod."""
-    if not len(view.left):
-        return np.zeros(len(view.kinds.pods), dtype=np.int64)
-    smallest: Ints = np.where(view.room, view.left, GPU_MILLI + 1).argmin(axis=1)
-    return smallest
+    return _where_most(view, np.where(view.room, -view.left, -GPU_MILLI - 1))
+
+
+def _where_most(view: View, by_gpu: NDArray[np.generic]) -> Ints:
+    """The first GPU with the largest number, by kind of pod; 0 where the node has none."""
+    first: Ints = by_gpu.argmax(axis=1) if len(view.left) else np.zeros(len(view.kinds.pods), dtype=np.int64)
+    return first
 
 
 class Fgd:
