@@ -39,8 +39,9 @@ FIRST_SHARES = (0, 64, 8)
 optimum of a large plan is mostly its linear bound (11 of 12 half-full clusters of 5,000 nodes; the other was 4
 milli-GPU off), and then the fewest variables are the fastest: 3 to 29 ms, where a first try at 1/8 took 66 to 920."""
 
-QUICK = 2.0
-"""CP-SAT's deterministic time for each try but the last."""
+QUICK = 0.05
+"""CP-SAT's deterministic time for the first try (some 50 ms), four times as much for each further one but the last.
+With the fewest variables a program can be the hardest: there may be only just no solution."""
 
 PARTS = (1, 2, 3, 4, 6, 12, 24, 60, 120, 840)
 """Duals are rounded to whole parts of one, the first of these that gives the linear bound. Those of small programs
@@ -195,7 +196,7 @@ class Program:
         bound = priced.least
         for i, threshold in enumerate(tries or [wide]):
             left = limits.less(self.seconds - start)
-            quick = left if threshold == wide else left.at_most(QUICK)
+            quick = left if threshold == wide else left.at_most(QUICK * 4**i)
             found = self._decide(goal, priced, threshold, quick, hint if best.values is None else best.values)
             gap = found.cost * priced.parts - priced.bound
             if found.status is Status.OPTIMAL and threshold < min(gap, wide):
