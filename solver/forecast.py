@@ -166,7 +166,8 @@ class Forecast:
         )
 
     def with_blocks(self, rooms: Iterable[tuple[str, int | None, int]]) -> Forecast:
-        """The same forecast for the cluster as it is: (model, CPU left, idle GPUs) of every node.
+        """The same forecast for the cluster as it is: (model, CPU left, idle GPUs) of every node, once for each of
+        its models.
 
         Asks whether the idle GPUs, filled with the mix, would need more blocks of a shape than exist.
         """
