@@ -43,17 +43,17 @@ POOLS = 40
 """Whole nodes with too many bundles to list that are said in parts. Each takes a thousand variables or so; with
 more of them columns are generated, and the bound comes from all nodes in one state together."""
 
-ROUNDS = 12
+ROUNDS = 30
 """How often columns are generated at most. Most of what is to be won comes in the first few rounds."""
 
 UNPLACED_WEIGHT = 1_000
 """What a milli-GPU unplaced counts against one of price while columns are generated."""
 
 
-BEAM = 6
-"""Positions that such a walk keeps after each demand."""
+BEAM, WIDEST = 8, 128
+"""Positions that such a walk keeps after each demand: at first, and where nothing more is found with fewer."""
 
-KEPT = 3
+KEPT = 4
 """Columns that it may add for one unit in one round."""
 
 MOVES = 30_000
@@ -470,6 +470,7 @@ class _Part:
         question = self.question
         digit = question.scale.digits[0] if question.scale.digits else 1
         open_units = [unit for unit, each in self.columns.items() if not each.complete and unit not in self.pooled]
+        width = BEAM
         for _ in range(ROUNDS):
             choices = self._choose()
             costs = np.zeros(len(choices.program.most))
@@ -488,13 +489,14 @@ class _Part:
                 if self.limits.none_left(self.seconds) or self.mover.looked_at > MOVES:
                     return
                 rent = -float(duals[choices.row_of_unit[unit]])
-                for profit, position in self._grow(unit, rewards, digit):
+                for profit, position in self._grow(unit, rewards, digit, width):
                     if profit > rent + TINY:
                         added += self.columns[unit].add(position.column())
-            if not added:
+            if not added and width >= WIDEST:
                 return
+            width = width if added else width * 4
 
-    def _grow(self, unit: Unit, rewards: Mapping[int, float], digit: int) -> list[tuple[float, Position]]:
+    def _grow(self, unit: Unit, rewards: Mapping[int, float], digit: int, width: int) -> list[tuple[float, Position]]:
         """What pays best on such a unit, by a walk that keeps a few positions after each demand, the large first."""
         question = self.question
         worths = question.worths
@@ -522,7 +524,7 @@ class _Part:
                             i,
                             Position(unit, move.after, bundle, price, 1, here, (d, move.steps)),
                         )
-            beam = sorted(after.values(), key=lambda each: -each[0] - best_rate * _free(each[2].state))[:BEAM]
+            beam = sorted(after.values(), key=lambda each: -each[0] - best_rate * _free(each[2].state))[:width]
             found = sorted([*found, *[(profit, here) for profit, _, here in beam]], key=lambda each: -each[0])[:KEPT]
         return found
 
