@@ -171,7 +171,9 @@ def size(name: str, problem: Problem, policy: Policy = DEFAULT_POLICY) -> Size:
     plan = Plan(decision.status, (), 0, 0, decision.tiers)
     asked, placed = len(problem.asks), len(walk.placed)
     nodes = len(problem.snapshot.nodes)
-    return Size(name, nodes, asked, len(units), decision.status.value, plan.gap, placed, read, spent[0], spent[1], walked)
+    return Size(
+        name, nodes, asked, len(units), decision.status.value, plan.gap, placed, read, spent[0], spent[1], walked
+    )
 
 
 def sizes(console: Console, largest: int = 50_000) -> list[Size]:
@@ -272,6 +274,9 @@ def _free_milli(node: Node, taken: Iterable[Taken]) -> int:
     return room.host.free_milli + sum(GPU_MILLI * free // width for free, width in cut_up)
 
 
+NODES = (15, 60)
+"""How many nodes a world has, each number equally often."""
+
 KINDS = ("8xH100", "8xA100", "8xA100-mig", "8xH100-mig", "8xA100-mig4", "4xA30-mig2", "8xV100", "8xL40S", "4xH100NVL")
 
 MIXES: dict[str, tuple[Demand, ...]] = {
@@ -296,9 +301,11 @@ MIXES: dict[str, tuple[Demand, ...]] = {
 
 
 def world(seed: int, mix: str, count: int = 200) -> Problem:
-    """Ten random nodes, half-full, and this many pods of the mix in random order."""
+    """Random nodes, half-full, and this many pods of the mix in random order: some worlds have room for nearly all
+    of them, some for a third.
+    """
     rng = random.Random(seed)  # noqa: S311
-    counted = Counter(rng.choice(KINDS) for _ in range(10))
+    counted = Counter(rng.choice(KINDS) for _ in range(rng.randint(*NODES)))
     nodes = parse_samples(",".join(f"{kind}:{many}" for kind, many in sorted(counted.items())))
     if mix == "shares and CPU":
         nodes = [replace(node, cpu_milli=rng.choice((32, 64, 96)) * 1000) for node in nodes]
