@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from solver.cluster import GPU_MILLI
-from solver.columns import BITS, MASK, Catalogue, Column, Packed, Way, counts_of, in_order, is_loose, packed
+from solver.columns import BITS, MASK, Catalogue, Column, Columns, Packed, Way, counts_of, in_order, is_loose, packed
 from solver.demand import Demand
 from solver.geometry import Cut
 from solver.goals import WORST_MILLI, Policy
@@ -285,7 +285,10 @@ class _Part:
         self.limits = limits
         mine = set(demands)
         self.wishes = [wish for wish in question.wishes if question.number[wish.demand] in mine]
-        self.columns = {unit: catalogue.of(unit, count) for unit, count in units.items()}
+        in_time = not limits.none_left(0.0)
+        self.columns = {
+            unit: catalogue.of(unit, count) if in_time else Columns(unit, count, False) for unit, count in units.items()
+        }
         self.pools = Pools(catalogue, demands)
         self.pooled = self._find_pooled()
         self.complete = all(each.complete or unit in self.pooled for unit, each in self.columns.items())
@@ -301,7 +304,7 @@ class _Part:
 
     def solve(self) -> _Answer:
         """To proof where all columns are known; else the best of what is found, one by one included."""
-        no_time = self.limits.none_left(0.0)
+        no_time = self.limits.none_left(0.0)  # then no columns were listed, either
         plans: list[list[Taking]] = []
         bounds = [NOTHING] * len(self.question.tier_names())
         if no_time or not self.complete:

@@ -10,7 +10,7 @@ the caller's order decides. Prices are those of the very steps on the very nodes
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from solver.cluster import GPU_MILLI, Device, Gpu
@@ -43,17 +43,18 @@ def solve(
     workers: int = 1,
     time_limit_seconds: float | None = None,
     deterministic_limit: float | None = None,
+    clock: Callable[[], float] | None = None,
 ) -> Plan:
     """Place all asks of the problem together: the more urgent first, as much of their worth as can be, then at the
     least price.
 
-    OPTIMAL is a proof for all of it, in that order. With a limit (seconds in solvers, or CP-SAT's deterministic
-    time for each solve) the plan may be FEASIBLE: nothing that fits is left out, and placing one by one is never
-    better, but it could be better down to `bound`.
+    OPTIMAL is a proof for all of it, in that order. With a limit (seconds in solvers, by `clock` if there is one, or
+    CP-SAT's deterministic time for each solve) the plan may be FEASIBLE: nothing that fits is left out, and placing
+    one by one is never better, but it could be better down to `bound`.
     """
     question = question_of(problem, policy)
     walk = Walk(problem, question)
-    limits = Limits(seed, workers, time_limit_seconds, deterministic_limit)
+    limits = Limits(seed, workers, time_limit_seconds, deterministic_limit, clock)
     decision = decide_units(walk.counted(), question, limits)
     for take in decision.takes:
         walk.send(take)

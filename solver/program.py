@@ -55,7 +55,8 @@ Terms = Sequence[tuple[int, int]]
 class Limits:
     """What a plan may use: `seconds` in all, and CP-SAT's `deterministic` time for each solve.
 
-    The solvers' own clocks count; with a `clock` (seconds, any origin) so does what happens between them.
+    The solvers' own clocks count; with a `clock` (seconds, any origin) and `until` so does what happens between
+    them. `started` sets `until`.
     """
 
     seed: int = 0
@@ -63,19 +64,33 @@ class Limits:
     seconds: float | None = None
     deterministic: float | None = None
     clock: Callable[[], float] | None = None
+    until: float | None = None
+
+    def started(self) -> Limits:
+        """From now on."""
+        if self.clock is None or self.seconds is None:
+            return self
+        return replace(self, until=self.clock() + self.seconds)
 
     def none_left(self, spent: float) -> bool:
         """Whether it is over after so many seconds in solvers."""
-        return self.deterministic == 0.0 or (self.seconds is not None and spent >= self.seconds)
+        if self.deterministic == 0.0:
+            return True
+        left = self.less(spent).seconds
+        return left is not None and left <= 0.0
+
+    def less(self, spent: float) -> Limits:
+        """What is left after so many seconds in solvers."""
+        if self.seconds is None:
+            return self
+        if self.clock is not None and self.until is not None:
+            return replace(self, seconds=max(0.0, self.until - self.clock()))
+        return replace(self, seconds=max(0.0, self.seconds - spent))
 
     def at_most(self, deterministic: float) -> Limits:
         """With no more of CP-SAT's deterministic time for one solve."""
         known = deterministic if self.deterministic is None else min(self.deterministic, deterministic)
         return replace(self, deterministic=known)
-
-    def less(self, spent: float) -> Limits:
-        """What is left after so many seconds."""
-        return self if self.seconds is None else replace(self, seconds=max(0.0, self.seconds - spent))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solver import columns, decide
-from solver.cluster import Snapshot
+from solver.cluster import Snapshot, allocations
 from solver.decide import Wish
 from solver.demand import Ask, Demand, Problem, Terms
 from solver.flow import solve
@@ -37,7 +37,7 @@ def unguarded_problems(draw: st.DrawFn) -> Problem:
     nodes = tuple(draw(strategies.nodes(name=name, largest=2, real=draw(st.booleans()))) for name in "abc")
     taken = {node.name: draw(strategies.taken_on(node)) for node in nodes}
     for name, there in taken.items():
-        taken[name] = tuple(replace(each, guest=NOBODY) if hasattr(each, "guest") else each for each in there)
+        taken[name] = tuple(replace(each, guest=NOBODY) for each in allocations(there))
     demands = draw(st.lists(strategies.demands(*nodes), max_size=6))
     plain = [replace(each, terms=replace(each.terms, guest=NOBODY)) for each in demands]
     asks = tuple(Ask(f"ask-{i}", each, draw(st.sampled_from((0, 0, 1)))) for i, each in enumerate(plain))
@@ -172,7 +172,11 @@ def test_rich_nodes_with_asks_of_several_slices_are_proven() -> None:
 
 
 def test_limits_count_down() -> None:
-    """A plan's seconds are for all of it."""
+    """A plan's seconds are for all of it; with a clock, for all that happens."""
+    times = iter((10.0, 10.4, 11.0))
+    clocked = Limits(seconds=1.0, clock=lambda: next(times)).started()
+    assert clocked.less(99.0).seconds == pytest.approx(0.6)
+    assert clocked.none_left(0.0)
     assert not Limits().none_left(1e9)
     assert Limits(seconds=1.0).none_left(1.0)
     assert Limits(deterministic=0.0).none_left(0.0)
