@@ -171,7 +171,7 @@ class Offers:
 
         Where there is no time to count CPU and memory, or they seem not to suffice, it is the price without them.
         """
-        exact = self._ranking.prices_while(demand, go_on) or {}
+        exact = self._ranking.prices_while(self._as_priced(demand), go_on) or {}
         prices = self._ranking.prices_while(on_any_host(demand), go_on) or {}
         free = {name: exact.get(name, prices[name]) for name in names if name in prices}
         promised: dict[str, int] = {}
@@ -198,7 +198,7 @@ class Offers:
             softly = quote(node, (*taken, *promised), on_any_host(demand), self._policy)
             if softly is not None:
                 return softly
-        exact = self._ranking.best(demand, name)
+        exact = self._ranking.best(self._as_priced(demand), name)
         return exact or self._ranking.best(on_any_host(demand), name) or self.refusal(demand, name)
 
     def without(self, demand: Demand, name: str, victims: Sequence[str]) -> bool:
@@ -207,6 +207,13 @@ class Offers:
             return False
         node, taken = self.view(name, but=victims)
         return quote(node, taken, on_any_host(demand), self._policy) is not None
+
+    def _as_priced(self, demand: Demand) -> Demand:
+        """What of the demand prices depend on: CPU and memory only where the policy foresees who will want them.
+
+        Each amount of CPU is a row of its own in the ranking, 0.2 s when 5,000 nodes all differ in what they have.
+        """
+        return on_any_host(demand) if self._policy.values.forecast is None else demand
 
     def _soft_price(self, demand: Demand, name: str, *, uid: str) -> int | None:
         node, taken = self.view(name)
