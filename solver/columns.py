@@ -26,7 +26,7 @@ REACHED = 600
 nodes 45; eight GPUs with shares on them have millions, and are not complete. A state takes up to a millisecond."""
 
 STATES = 5_000
-"""The same for all units of a plan together."""
+"""The same for all hosts of a plan together."""
 
 BUNDLES = 3_000
 """Bundles that one unit may have and be complete. Boards of 8 with demands of 1, 2, 4 and 8 GPUs have 35, an A100
@@ -159,6 +159,7 @@ class Courses:
         """The states from here that have no courses yet, each after all that it leads to; None: too many."""
         order: list[int] = []
         seen = {root}
+        hosts = isinstance(self._states[root], Host)
         stack: list[tuple[int, int]] = [(root, 0)] if self._courses[root] is None else []
         while stack:
             number, i = stack.pop()
@@ -170,7 +171,7 @@ class Courses:
                 continue
             target = arcs[i].target
             seen.add(target)
-            if len(seen) > REACHED or self._looked_at > STATES:
+            if len(seen) > REACHED or (hosts and self._looked_at > STATES):
                 return None
             stack += [(number, i + 1), (target, 0)]
         return order
@@ -178,8 +179,8 @@ class Courses:
     def _arcs_from(self, number: int) -> list[_Arc]:
         arcs = self._arcs[number]
         if arcs is None:
-            self._looked_at += 1
             state = self._states[number]
+            self._looked_at += isinstance(state, Host)
             parts: Iterable[Part] = self._hosted if isinstance(state, Host) else self._sliced
             look, price = self._lens.state, self._scale.of
             arcs = self._arcs[number] = [

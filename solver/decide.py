@@ -56,8 +56,9 @@ BEAM, WIDEST = 8, 128
 KEPT = 4
 """Columns that it may add for one unit in one round."""
 
-MOVES = 30_000
-"""Steps that may be worked out while columns are generated (some ten seconds)."""
+MOVES, WALKED = 20_000, 500_000
+"""Steps that may be worked out while columns are generated, and that may be walked, known ones included: some
+seconds each."""
 
 TINY = 1e-6
 """What a column must promise at least, beyond rounding."""
@@ -294,6 +295,7 @@ class _Part:
         self.complete = all(each.complete or unit in self.pooled for unit, each in self.columns.items())
         self.loose = self._find_loose()
         self.seconds = 0.0
+        self.walked = 0
 
     def _find_pooled(self) -> set[Unit]:
         """Nodes with too many bundles to list, if there are few such nodes: they are said in parts, one by one."""
@@ -489,7 +491,7 @@ class _Part:
             rewards = {d: float(duals[row]) for d, row in choices.row_of_demand.items()}
             added = 0
             for unit in open_units:
-                if self.limits.none_left(self.seconds) or self.mover.looked_at > MOVES:
+                if self.limits.none_left(self.seconds) or self.mover.looked_at > MOVES or self.walked > WALKED:
                     return
                 rent = -float(duals[choices.row_of_unit[unit]])
                 for profit, position in self._grow(unit, rewards, digit, width):
@@ -516,6 +518,7 @@ class _Part:
                     if here.bundle >> BITS * d & MASK >= caps[d]:
                         continue
                     move = self.mover.move(unit, here.state, d)
+                    self.walked += 1
                     if move is None or move.after == here.state:
                         continue
                     total = profit + rewards[d] - move.price / digit

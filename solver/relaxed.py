@@ -17,6 +17,7 @@ from solver.cluster import GPU_MILLI
 from solver.columns import Catalogue, Columns, counts_of
 from solver.demand import Demand
 from solver.geometry import Cut
+from solver.goals import SHELTER_MILLI
 from solver.pools import Pools
 from solver.program import Program
 from solver.steps import Host, RoomState, share_on_kind, terms_allow_host, terms_allow_kind
@@ -105,40 +106,61 @@ class Relaxation:
         return most
 
     def _share_the_host(self, host: Host, count: int, variables: dict[int, int]) -> None:
-        demands = self.catalogue.demands
-        kinds = range(len(host.board.kinds))
-        milli = {
-            d: GPU_MILLI * demands[d].gpus + (_least_share(host, demands[d], kinds) if demands[d].is_shared else 0)
-            for d in variables
-        }
-        self._row([(v, milli[d]) for d, v in variables.items()], count * host.free_milli)
+        demands, program = self.catalogue.demands, self.program
         self._row([(v, demands[d].gpus) for d, v in variables.items()], count * sum(host.idle))
         if host.cpu_milli is not None:
             self._row([(v, demands[d].cpu_milli) for d, v in variables.items()], count * host.cpu_milli)
         if host.memory_mib is not None:
             self._row([(v, demands[d].memory_mib) for d, v in variables.items()], count * host.memory_mib)
-        slope, lost = self._least_value(host)
-        for t, weight in enumerate(self._value_weights):
-            self.constant[t] -= weight * count * lost
+
+        idle = GPU_MILLI * sum(host.idle)
+        parts = [part.milli for shared in host.shared for part in shared]
+        on_idle: list[tuple[int, int]] = []
+        on_parts: list[tuple[int, int]] = []
         for d, v in variables.items():
-            self.prices.append(Price(v, [weight * (slope * milli[d] // GPU_MILLI) for weight in self._value_weights]))
+            share = _least_share(host, demands[d], range(len(host.board.kinds))) if demands[d].is_shared else 0
+            whole = GPU_MILLI * demands[d].gpus
+            if whole or not share:
+                on_idle.append((v, whole))
+                self._price(host, v, whole, idle, demands[d])
+                continue
+            opening, joining = program.variable(program.most[v]), program.variable(program.most[v] if parts else 0)
+            program.equal([(v, 1), (opening, -1), (joining, -1)], 0)
+            on_idle.append((opening, share))
+            on_parts.append((joining, share))
+            self._price(host, opening, share, idle, demands[d])
+            self._price(host, joining, share, min(parts, default=0), demands[d])
+        self._row(on_idle, count * idle)
+        self._row(on_parts, count * sum(parts))
+        for t, weight in enumerate(self._value_weights):
+            self.constant[t] -= weight * count * self._given_back(host)
 
-    def _least_value(self, host: Host) -> tuple[int, int]:
-        """What each whole GPU takes of the node's value at least, and what may be given back of it all, if any is used.
+    def _price(self, host: Host, variable: int, milli: int, left: int, demand: Demand) -> None:
+        """What so much of a node's idle GPUs, or of a shared one, takes of its value at least; `left` is all of it.
 
-        Best fit is convex in what is free: with F free of K, taking m leaves (F - m)²/K or less, so that m·F/K
-        or more is taken of F²/K. Links that later demands lose can only count for the node's state now.
+        Best fit is convex: with F idle of K in all, taking m leaves (F - m)²/K or less, opened GPUs with what is
+        left of them included, so that m·F/K or more is taken; and so on a shared one. A pod without devices has
+        its own price.
         """
         size = host.board.size
-        if not size:
-            return 0, 0
-        now, free = self._values.of(host), host.free_milli
+        best_fit = self._values.forecast is None and size
+        value = milli * left // (GPU_MILLI * size) if best_fit else 0
+        shelter = 0 if demand.takes_devices else SHELTER_MILLI * size
+        tiers = [dict(tier) for tier in self.scale.policy.tiers]
+        prices = [tier.get("value", 0) * value + tier.get("cpu_only", 0) * shelter for tier in tiers]
+        self.prices.append(Price(variable, prices))
+
+    def _given_back(self, host: Host) -> int:
+        """Links that later demands lose count for the node's state now; they may all be won back. And rounding."""
+        if not host.board.size:
+            return 0
         if self._values.forecast is not None:
-            without = Values(forecast=self._values.forecast)
-            lost = max(0, _room_without_links(without, host) - now)
-            return 0, lost + 1
-        square = -(-free * free // (GPU_MILLI * size))
-        return free // size, max(0, square - now) + 1
+            without = self._values.forecast.of(host)
+        else:
+            idle = GPU_MILLI * sum(host.idle)
+            parts = [part.milli for shared in host.shared for part in shared]
+            without = (idle**2 + sum(milli**2 for milli in parts)) // (GPU_MILLI * host.board.size)
+        return max(0, without - self._values.of(host)) + 1
 
     def _share_a_cut(self, cut: Cut, columns: Columns) -> None:
         """A GPU with too many bundles of its own: its slices by size only, at no price."""
@@ -193,8 +215,3 @@ def _least_share(host: Host, demand: Demand, classes: Sequence[int]) -> int:
     """The smallest share in thousandths that the demand is on any of these GPUs."""
     shares = [share_on_kind(demand.host_need, host.board.kinds[c]) for c in classes]
     return max(1, min(shares, default=GPU_MILLI + 1))
-
-
-def _room_without_links(values: Values, host: Host) -> int:
-    """The forecast's part of a host's value."""
-    return values.forecast.of(host) if values.forecast is not None else 0
