@@ -16,11 +16,25 @@ from queue import SimpleQueue
 from typing import BinaryIO
 
 from app.offers import View
-from app.planner import HEADER_BYTES, Begin, Failed, MakePlan, MakeTable, Message, News, frame, with_tables
+from app.planner import (
+    HEADER_BYTES,
+    Begin,
+    Failed,
+    Foresee,
+    MakePlan,
+    MakeTable,
+    Message,
+    News,
+    frame,
+    with_forecast,
+    with_tables,
+)
 from app.schedule import JointPlan, Planned
 from solver import DEFAULT_POLICY, Ask, Geometry, Placement, Plan, Policy, Problem, Snapshot, Status
 from solver.flow import solve  # loads OR-Tools, which takes a second: the service itself never does
+from solver.forecast import Forecast, rooms_of, shapes_of
 from solver.market import Table, solve_table
+from solver.steps import read
 
 log = logging.getLogger("app.plan_process")
 
@@ -53,6 +67,15 @@ class Picture:
         began = time.monotonic()
         plan = solve(Problem(snapshot, asks), self.policy, time_limit_seconds=order.seconds)
         return _told(plan, order, time.monotonic() - began)
+
+    def foresee(self, order: Foresee) -> Forecast:
+        """What nodes are worth to pods like those that came, on the cluster as it is; plans go by it from now on."""
+        hosts = [read(node, taken).host for node, taken in self.nodes.values()]
+        gpus = [gpu for node, _ in self.nodes.values() for gpu in node.gpus if gpu.geometry is None]
+        shapes = shapes_of(dict(order.seen), (gpu.kind for gpu in gpus))
+        forecast = Forecast.from_mix(shapes, Counter(gpu.product for gpu in gpus)).with_blocks(rooms_of(hosts))
+        self.policy = with_forecast(self.policy, forecast)
+        return forecast
 
 
 def _told(plan: Plan, order: MakePlan, seconds: float) -> JointPlan:
@@ -127,6 +150,16 @@ def serve(source: BinaryIO, mouth: Mouth) -> None:
                 orders.put(message.geometry)
             case MakePlan():
                 mouth.say(_planned(picture, message))
+            case Foresee():
+                mouth.say(_foreseen(picture, message))
+
+
+def _foreseen(picture: Picture, order: Foresee) -> Forecast | Failed:
+    try:
+        return picture.foresee(order)
+    except Exception as error:  # a forecast is a refinement: without it best fit stands
+        log.exception("a forecast")
+        return Failed(f"{type(error).__name__}: {error}", forecast=True)
 
 
 def _planned(picture: Picture, order: MakePlan) -> JointPlan | Failed:

@@ -7,6 +7,8 @@
                                           JointPlan ◀───────────
       MakeTable: a geometry seen for the first time ───────────▶ solver.market.solve_table, in a thread of its own
                                               Table ◀───────────
+      Foresee: what pods have asked for ───────────────────────▶ solver.forecast, for the nodes as they are
+                                           Forecast ◀───────────
 
 Building models and tables holds Python's lock, so it is done in a process of its own (docs/decisions/0004). The
 messages are pickled frames on its pipes. What is sent grows with what has changed, and with the kinds of pending pods,
@@ -30,6 +32,7 @@ from app.offers import Offers, View
 from app.schedule import JointPlan, Schedule
 from app.truth import Truth
 from solver import Demand, Geometry, Policy
+from solver.forecast import Forecast
 from solver.market import Table
 from solver.values import Values
 
@@ -42,6 +45,9 @@ LIVED_SECONDS = 60.0  # a child that lived so long has not failed at its start
 GRACE_SECONDS = 30.0  # beyond the time limit of a plan: building the model, and a machine that is busy
 SETTLE_SECONDS = 0.01  # between two turns of bringing old prices up to date
 HEADER_BYTES = 8
+FORECAST_PODS = 100  # fewer say little of what comes next
+FORECAST_KINDS = 500  # of pods, the most frequent: what is rarer moves nothing
+FORECAST_SECONDS = 60.0  # between two forecasts: which blocks of GPUs are short changes as the cluster fills
 
 
 # -- what is said ---------------------------------------------------------------------------------------------
@@ -79,14 +85,28 @@ class MakeTable:
 
 
 @dataclass(frozen=True, slots=True)
+class Foresee:
+    """Find what nodes are worth to pods like these, so many of each."""
+
+    seen: tuple[tuple[Demand, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
-    """A plan (or, with a geometry, a table) could not be made."""
+    """A plan could not be made, or something else that is named."""
 
     reason: str
     geometry: Geometry | None = None
+    forecast: bool = False
+
+    @property
+    def plan(self) -> bool:
+        """Whether it was a plan."""
+        return self.geometry is None and not self.forecast
 
 
-Message = Begin | News | MakePlan | MakeTable
+Message = Begin | News | MakePlan | MakeTable | Foresee
+Heard = JointPlan | Table | Forecast | Failed
 
 
 def frame(message: object) -> bytes:
@@ -134,10 +154,10 @@ class Child:
         self._to.write(frame(message))
         await self._to.drain()
 
-    async def hear(self) -> JointPlan | Table | Failed:
+    async def hear(self) -> Heard:
         """Its next word. Raises EOFError when it is gone."""
         size = int.from_bytes(await self._from.readexactly(HEADER_BYTES))
-        heard: JointPlan | Table | Failed = pickle.loads(await self._from.readexactly(size))  # noqa: S301  our own child's
+        heard: Heard = pickle.loads(await self._from.readexactly(size))  # noqa: S301  our own child's
         return heard
 
     async def end(self) -> None:
@@ -175,6 +195,7 @@ class Planner:
         interval_seconds: float,
         limit_seconds: float,
         with_tables: bool,
+        with_forecast: bool,
     ) -> None:
         self._ledger = ledger
         self._offers = offers
@@ -188,6 +209,10 @@ class Planner:
         self._interval_seconds = interval_seconds
         self._limit_seconds = limit_seconds
         self._with_tables = with_tables
+        self._with_forecast = with_forecast
+        self.foreseen_from = 0
+        """How many pods the forecast knows of; 0: there is none."""
+        self._foreseen_at = float("-inf")
         self.child: Child | None = None
         self.words = "starting"
         """How it stands, for people."""
@@ -242,6 +267,7 @@ class Planner:
                 if self._ready():
                     await self._ask_for_tables(child)
                     await self._plan_if_changed(child, ears)
+                    await self._ask_for_a_forecast(child)
             ears.result()
         finally:
             self.child = None
@@ -318,11 +344,13 @@ class Planner:
     async def _listen(self, child: Child) -> None:
         while True:
             heard = await child.hear()
-            if isinstance(heard, JointPlan) or (isinstance(heard, Failed) and heard.geometry is None):
+            if isinstance(heard, JointPlan) or (isinstance(heard, Failed) and heard.plan):
                 if self._answer is not None and not self._answer.done():
                     self._answer.set_result(heard)
             elif isinstance(heard, Failed):
-                log.error("no value table could be made: %s", heard.reason)
+                log.error("no %s could be made: %s", "forecast" if heard.forecast else "value table", heard.reason)
+            elif isinstance(heard, Forecast):
+                self._rank_by(with_forecast(self._policy, heard))
             else:
                 self._adopt(heard)
 
@@ -336,11 +364,25 @@ class Planner:
             await child.say(MakeTable(geometry))
 
     def _adopt(self, table: Table) -> None:
-        """Rank by it from now on: changed nodes at once, the others in many small turns."""
         self.tables[table.geometry] = table
-        self._policy = with_tables(self._policy, self.tables.values())
-        self._offers.renew(self._policy)
         log.info("a value table for a board of %d units: %s", table.geometry.width, table.method)
+        self._rank_by(with_tables(self._policy, self.tables.values()))
+
+    # -- forecasts ------------------------------------------------------------------------------------
+
+    async def _ask_for_a_forecast(self, child: Child) -> None:
+        """Now and then, once enough pods have come to say what comes next."""
+        seen, now = self._truth.arrivals, self._clock()
+        if not self._with_forecast or seen.total() < FORECAST_PODS or now < self._foreseen_at + FORECAST_SECONDS:
+            return
+        self._foreseen_at, self.foreseen_from = now, seen.total()
+        await self._tell(child)
+        await child.say(Foresee(tuple(seen.most_common(FORECAST_KINDS))))
+
+    def _rank_by(self, policy: Policy) -> None:
+        """From now on: changed nodes at once, the others in many small turns."""
+        self._policy = policy
+        self._offers.renew(policy)
         if self._settling is None or self._settling.done():
             self._settling = asyncio.create_task(self._settle(), name="planner settles")
 
@@ -352,3 +394,8 @@ class Planner:
 def with_tables(policy: Policy, tables: Iterable[Table]) -> Policy:
     """The policy with these tables for its values."""
     return replace(policy, values=Values({table.geometry: table for table in tables}, policy.values.forecast))
+
+
+def with_forecast(policy: Policy, forecast: Forecast) -> Policy:
+    """The policy with this forecast for its values."""
+    return replace(policy, values=Values(policy.values.tables, forecast))

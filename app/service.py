@@ -154,6 +154,7 @@ class Service:
             interval_seconds=self.settings.plan_interval_seconds,
             limit_seconds=self.settings.plan_limit_seconds,
             with_tables=self.settings.value_tables,
+            with_forecast=self.settings.forecast,
         )
 
     def _leads(self, term: int) -> bool:

@@ -100,6 +100,10 @@ class Settings(BaseSettings):
         default=True,
         description="find what states of each MIG geometry are worth (seconds each, in the planning process)",
     )
+    forecast: bool = Field(
+        default=False,
+        description="value nodes by the pods that have come (shares, CPU, scarce models) instead of by best fit",
+    )
     report_limit_bytes: int = Field(default=1 << 20, gt=0, description="largest agent report that is read")
     request_limit_bytes: int = Field(
         default=64 << 20,

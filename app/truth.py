@@ -5,6 +5,7 @@ Fed by `watch` (events and lists) and by `bind` (single reads). No I/O here; wha
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +17,7 @@ from solver import Demand, Device
 from solver.cluster import GPU_MILLI
 
 RECENTLY_GONE = 10_000  # UIDs; kube-scheduler may ask for a pod until its own watch has seen the deletion
+ARRIVALS_KEPT = 4096  # then each count is halved: the mix of pods is that of the last thousands
 log = logging.getLogger(__name__)
 
 FRESH_REFUSAL_SECONDS = 3.0  # a refusal this recent may have raced with the event that made room
@@ -67,6 +69,8 @@ class Truth:
         """Pods that wait for devices, whether we were asked about them or not; a bind may be under way."""
         self.pending_changes = 0
         """How often `pending` has changed."""
+        self.arrivals: Counter[Demand] = Counter()
+        """What pods have asked for lately."""
         self.askers: set[str] = set()
         """Names of the schedulers that have asked us about pods."""
         self.unexplained: dict[str, str] = {}
@@ -263,8 +267,16 @@ class Truth:
             del self.pending[uid]
         else:
             self.pending[uid] = now
+            if before is None and isinstance(now.ask, Demand):
+                self._note_arrival(now.ask)
         if before is None or now is None or (before.ask, before.priority) != (now.ask, now.priority):
             self.pending_changes += 1
+
+    def _note_arrival(self, demand: Demand) -> None:
+        """Count what comes; what came long ago counts less and less."""
+        self.arrivals[demand] += 1
+        if self.arrivals.total() > ARRIVALS_KEPT:
+            self.arrivals = Counter({each: count // 2 for each, count in self.arrivals.items() if count > 1})
 
     # -- room -----------------------------------------------------------------------------------------
 

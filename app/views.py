@@ -99,6 +99,7 @@ class Views:
             "planning": planner is not None,
             "process": planner.words if planner is not None else "planning is switched off",
             "value_tables": [_table(table) for table in planner.tables.values()] if planner is not None else [],
+            "forecast_pods": planner.foreseen_from if planner is not None else 0,
             "binds": {
                 "followed": schedule.followed,
                 "aside": schedule.aside,

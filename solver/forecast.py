@@ -18,7 +18,7 @@ matters: a batch of states and a single one give the same number to the last bit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -27,7 +27,9 @@ import ortools.linear_solver.pywraplp as pywraplp
 from numpy.typing import NDArray
 
 from solver.cluster import GPU_MILLI
-from solver.steps import Host
+from solver.demand import Demand
+from solver.geometry import Kind
+from solver.steps import Host, terms_allow_kind
 
 FINE = 2**20
 """Parts of a milli-GPU that the sums are kept in."""
@@ -339,6 +341,40 @@ def _uses_of(
         block_of=np.array(placed, dtype=np.int64),
         scarcity=float(round(scarcity.get(model or "", 0.0) * FINE / GPU_MILLI)),
     )
+
+
+# --- pods that were seen, as a mix ---
+
+
+def shapes_of(seen: Mapping[Demand, int], kinds: Iterable[Kind]) -> list[Shape]:
+    """What was asked for, and how often, as a mix for a cluster with GPUs of these kinds.
+
+    A pod's terms become the models that meet them; a share in MiB is counted on the smallest GPU that holds it.
+    Slices, and what no GPU here could serve, are left out.
+    """
+    there = sorted(set(kinds))
+    shapes = []
+    for demand, count in seen.items():
+        parts = {kind: demand.share_of(kind.memory_mib) for kind in there if terms_allow_kind(demand.terms, kind)}
+        allowed = [kind for kind, part in parts.items() if part <= GPU_MILLI]
+        is_share = demand.is_shared and not demand.gpus
+        if not allowed or not (demand.gpus or is_share):
+            continue
+        gpus, milli = (1, max(parts[kind] for kind in allowed)) if is_share else (demand.gpus, GPU_MILLI)
+        models = sorted({kind.product for kind in allowed})
+        everywhere = models == sorted({kind.product for kind in there})
+        shapes.append(Shape(demand.cpu_milli, gpus, milli, () if everywhere else tuple(models), float(count)))
+    return shapes
+
+
+def rooms_of(hosts: Iterable[Host]) -> Iterator[tuple[str, int | None, int]]:
+    """What `Forecast.with_blocks` wants to know of nodes: model, CPU left, idle GPUs."""
+    for state in hosts:
+        idle: dict[str, int] = {}
+        for kind, count in zip(state.board.kinds, state.idle, strict=True):
+            idle[kind.product] = idle.get(kind.product, 0) + count
+        for model, count in idle.items():
+            yield model, state.cpu_milli, count
 
 
 # --- the worth of a residual ---

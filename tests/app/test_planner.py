@@ -193,6 +193,23 @@ async def test_value_tables_are_found_and_adopted():
         assert await world.schedule("p") == "h1"
 
 
+async def test_nodes_are_valued_by_the_pods_that_came(monkeypatch):
+    """Many pods need eight GPUs of a node that has few CPUs left over: small ones keep away from such nodes."""
+    monkeypatch.setattr("app.planner.FORECAST_PODS", 20)
+    async with World({"h1": "8xH100", "h2": "8xV100"}, **QUICK, forecast=True).running() as world:
+        for i in range(20):
+            world.add_pod(f"p{i}", {GPU: "8"} if i % 2 else {"tangram.gpu/share-milli": "300"})
+        await world.until(lambda: world.service.offers._policy.values.forecast is not None)
+        forecast = world.service.offers._policy.values.forecast
+        assert forecast is not None
+        assert [(shape.count, shape.milli) for shape in forecast.blocks] == [(8, 1000)]
+        assert forecast.share_worth[300] > 0
+        await world.until(lambda: not world.service.offers.settle())
+        shown = world.service.views.plan(world.service.schedule, planner(world))
+        assert shown["forecast_pods"] == 20
+        assert await world.schedule("p1") in ("h1", "h2")
+
+
 async def test_the_plan_is_shown_with_its_words(world):
     world.add_pod("p", {GPU: "8"})
     world.add_pod("q", {GPU: "9"})

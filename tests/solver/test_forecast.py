@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solver.forecast import FINE, SCARCE_MILLI, Forecast, Shape, typical_shapes
+from solver.demand import Demand, Terms
+from solver.forecast import FINE, SCARCE_MILLI, Forecast, Shape, shapes_of, typical_shapes
+from solver.geometry import Kind
 from solver.steps import Host, read
 from tests.builders import whole
 from tests.solver.test_batch import plain_node
@@ -206,3 +208,23 @@ def test_a_host_is_worth_what_its_gpus_are() -> None:
     states: list[Host] = [read(node, whole("n", *held)).host for held in ((0, 1), (2, 3))]
 
     assert [forecast.of(state) for state in states] == [round(forecast.potential("H", 9000, [1000, 1000, 0, 0]))] * 2
+
+
+def test_pods_that_were_seen_become_a_mix() -> None:
+    """Terms become models, MiB the part of the smallest GPU that holds them; slices say nothing of hosts."""
+    large, small = Kind("NVIDIA H100 80GB HBM3", memory_mib=80_000), Kind("Tesla T4", memory_mib=16_000)
+    seen = {
+        Demand(gpus=2, cpu_milli=4000): 5,
+        Demand(gpus=1, terms=Terms(products=("h100",))): 3,
+        Demand(share_mib=8_000): 2,
+        Demand(share_mib=20_000): 1,
+        Demand.of(**{"1g.10gb": 1}): 9,
+        Demand(gpus=1, terms=Terms(products=("B200",))): 4,
+    }
+
+    assert shapes_of(seen, [large, small, small]) == [
+        Shape(4000, 2, 1000, (), 5.0),
+        Shape(0, 1, 1000, ("NVIDIA H100 80GB HBM3",), 3.0),
+        Shape(0, 1, 500, (), 2.0),
+        Shape(0, 1, 250, ("NVIDIA H100 80GB HBM3",), 1.0),
+    ]
