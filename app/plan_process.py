@@ -65,7 +65,8 @@ class Picture:
         ]
         asks = tuple(ask for group in groups for ask in group)
         began = time.monotonic()
-        plan = solve(Problem(snapshot, asks), self.policy, time_limit_seconds=order.seconds)
+        problem = Problem(snapshot, asks)
+        plan = solve(problem, self.policy, time_limit_seconds=order.seconds, clock=time.monotonic)
         return _told(plan, order, time.monotonic() - began)
 
     def foresee(self, order: Foresee) -> Forecast:

@@ -32,6 +32,7 @@ BOUNDS = {"default": 96.9, "gpuspec33": 96.4, "gpushare40": 95.7, "multigpu20": 
 OPENB_POLICIES = ("potential", "fgd", "best-fit", "first-fit", "dot-product", "random")
 MIG_POLICIES = ("market", "options", "mfi", "best-fit", "first-fit", "repack")
 MIG_LOADS = (0.7, 0.8, 0.85, 0.9, 1.0, 1.1, 1.2)
+PLAN_MIXES = ("GPUs and slices", "several slices", "shares and CPU")
 MIG_BOARDS = ("H100-80", "A30-24", "RTXPRO6000-96")
 SHOWN_LOADS = ("80", "90", "95", "100", "110", "130")
 
@@ -72,7 +73,9 @@ def parts(openb: Path | None, *, quick: bool) -> list[Part]:
             found.append(Part(f"mig-{board}-{policy}", ("app.cli", "replay", "mig", *options)))
     found.append(Part("boards", ("app.replay.boards",)))
     worlds = "20" if quick else "1000"
-    found.append(Part("plans-against-one-by-one", ("app.replay.plans", "compare", "--worlds", worlds, "--json")))
+    for mix in PLAN_MIXES:
+        options = ["compare", f"--worlds={worlds}", f"--mix={mix}", "--json"]
+        found.append(Part(f"plans-{mix.replace(' ', '-')}", ("app.replay.plans", *options)))
     found.append(Part("plans-size", ("app.replay.plans", "size", "--json")))
     return found
 
@@ -120,9 +123,12 @@ def show(found: Json, console: Console) -> None:
     _show_openb(found, console)
     _show_mig(found, console)
     _show_boards(found, console)
-    for name in ("plans-against-one-by-one", "plans-size"):
-        if name in found:
-            _show_rows(name, found[name]["rows"], console)
+    compared = [found.get(f"plans-{mix.replace(' ', '-')}") for mix in PLAN_MIXES]
+    rows = [row for part in compared if part is not None for row in part["rows"]]
+    if rows:
+        _show_rows("The joint plan of 200 pods on random half-full clusters, against one by one", rows, console)
+    if "plans-size" in found:
+        _show_rows("The joint plan by size", found["plans-size"]["rows"], console)
 
 
 def _show_openb(found: Json, console: Console) -> None:
