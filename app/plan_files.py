@@ -19,8 +19,7 @@ import yaml
 from app.errors import BadInput
 from app.inventory import node_of
 from app.main import read_inventory
-from app.quantities import MIB, quantity
-from app.translate import Malformed, Pod, Written, pod_of
+from app.translate import Malformed, Pod, Written, allocatable_of, pod_of
 from solver import Ask, Demand, Node, Plan, Policy, Problem, Snapshot
 from solver.cluster import Allocation, Device, Taken
 from solver.plan import Placement
@@ -78,12 +77,10 @@ def read_nodes(path: Path) -> list[Node]:
         node = node_of(report)
         allocatable = said[report.node]
         if allocatable is not None:
-            try:
-                cpu = quantity(allocatable["cpu"]) * 1000
-                memory = quantity(allocatable["memory"]) / MIB
-            except (KeyError, TypeError, ValueError) as wrong:
-                raise BadInput(f"{path}: {report.node}: allocatable: {wrong} (cpu and memory are needed)") from None
-            node = replace(node, cpu_milli=int(cpu), memory_mib=int(memory))
+            given = allocatable_of({"status": {"allocatable": allocatable}})
+            if given is None:
+                raise BadInput(f"{path}: {report.node}: allocatable: quantities named cpu and memory are needed")
+            node = replace(node, cpu_milli=given[0], memory_mib=given[1])
         nodes.append(node)
     return nodes
 

@@ -20,7 +20,9 @@ _SUFFIXES = {
     "Pi": Decimal(2**50), "Ei": Decimal(2**60),
 }  # fmt: skip
 
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 _VERSION = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6}){0,3}")
+SHOWN = 60  # characters of a text that cannot be read: it is said for every node
 
 
 def quantity(value: object) -> Decimal:
@@ -28,19 +30,26 @@ def quantity(value: object) -> Decimal:
     if isinstance(value, int) and not isinstance(value, bool):
         return Decimal(value)
     if not isinstance(value, str):
-        raise ValueError(f"{value!r} is not a quantity")
+        raise ValueError(f"{short(value)} is not a quantity")
     return _parsed(value)
+
+
+def short(value: object) -> str:
+    """What was found, for words that are shown."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
 
 
 @lru_cache(maxsize=4096)
 def _parsed(text: str) -> Decimal:
     digits = text.rstrip("numkKMGTPEi")
-    try:
-        value = Decimal(digits) * _SUFFIXES[text[len(digits) :]]
-    except (ArithmeticError, KeyError):
-        raise ValueError(f"{text!r} is not a quantity") from None
-    if not value.is_finite() or not -LARGEST < value < LARGEST:
-        raise ValueError(f"{text!r} is not a quantity")
+    suffix = _SUFFIXES.get(text[len(digits) :])
+    # Decimal would also take the digits of other scripts, underscores and NaN
+    if suffix is None or not _NUMBER.fullmatch(digits):
+        raise ValueError(f"{short(text)} is not a quantity")
+    value = Decimal(digits) * suffix
+    if not -LARGEST < value < LARGEST:
+        raise ValueError(f"{short(text)} is not a quantity")
     return value
 
 
@@ -57,7 +66,7 @@ def mib(value: object) -> int:
 def _not_negative(value: object) -> Decimal:
     amount = quantity(value)
     if amount < 0:
-        raise ValueError(f"{value!r} is negative")
+        raise ValueError(f"{short(value)} is negative")
     return amount
 
 
@@ -68,7 +77,7 @@ def _up(amount: Decimal) -> int:
 def version(text: str) -> Version:
     """Read "580.95.05" as (580, 95, 5). Raises ValueError for anything but numbers between dots."""
     if not text.isascii() or not _VERSION.fullmatch(text):
-        raise ValueError(f"{text!r} is not a version number")
+        raise ValueError(f"{short(text)} is not a version number")
     return tuple(int(part) for part in text.split("."))
 
 

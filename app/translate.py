@@ -8,15 +8,16 @@ a pod can ask in: `1g.10gb+me` is `1g.10gb.me` here and in the placement annotat
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any
 
 import orjson
 
-from app.quantities import MIB, mib, milli, quantity, version
+from app.quantities import MIB, mib, milli, quantity, short, version
 from solver import Demand, Device, Slice
 from solver.cluster import GPU_MILLI
 from solver.demand import Terms
-from solver.guests import NOBODY, Guest
+from solver.guests import Guest
 
 GPU_RESOURCE = "nvidia.com/gpu"
 MIG_RESOURCE_PREFIX = "nvidia.com/mig-"
@@ -44,7 +45,7 @@ DEFAULT_GRACE_SECONDS = 30.0  # Kubernetes' own default of terminationGracePerio
 
 EVERY_PROFILE = "*"  # no profile has this name: it stands for "whatever it is"
 MOST_DEVICES = 1024  # more than any node has; a larger count is a mistake and would only cost time
-LARGEST_COUNT = 2**31
+LARGEST_COUNT = 2**31  # of devices, MiB or thousandths of a CPU; more is a mistake, and too much for a machine word
 
 Json = Mapping[str, Any]
 
@@ -126,7 +127,7 @@ def pod_of(pod: Json) -> Pod:
         raise ValueError("metadata.annotations is not an object")
     need, wrong = need_of(spec)
     terms = terms_of(annotations, ref.namespace)
-    guest = NOBODY if isinstance(terms, Malformed) else terms.guest
+    guest = _guest_of(annotations, ref.namespace) if isinstance(terms, Malformed) else terms.guest
     grace = _seconds(spec.get("terminationGracePeriodSeconds"), DEFAULT_GRACE_SECONDS)
     longer = _seconds(meta.get("deletionGracePeriodSeconds"), 0.0)  # whoever deletes may give it more time
     return Pod(
@@ -228,7 +229,11 @@ def _host(spec: Json) -> dict[str, int]:
     resources = _mapping(spec.get("resources"), "spec.resources")
     own = _read(_mapping(resources.get("requests"), "spec.resources.requests"))
     overhead = _read(_mapping(spec.get("overhead"), "spec.overhead"))
-    return _add({**_most_at_once(spec, _requests), **own}, overhead)
+    needed = _add({**_most_at_once(spec, _requests), **own}, overhead)
+    for name, amount in needed.items():
+        if amount > LARGEST_COUNT:
+            raise ValueError(f"{name}: the pod requests more of it than any node has")
+    return needed
 
 
 # -- on what terms ------------------------------------------------------------------------------------------
@@ -251,11 +256,9 @@ def terms_of(annotations: Json, namespace: str) -> Terms | Malformed:
                 raise ValueError("not text")
             said[name] = read(text.strip())
         except ValueError:
-            return Malformed(f"annotation {name}: {_short(text)} cannot be read; {right}")
+            return Malformed(f"annotation {name}: {short(text)} cannot be read; {right}")
     if not said:
         return NO_TERMS
-    isolation = said.get(ISOLATION, "")
-    tenant = said.get(TENANT, namespace if isolation else "")
     return Terms(
         products=said.get(PRODUCT, ()),
         architectures=said.get(ARCHITECTURE, ()),
@@ -264,8 +267,26 @@ def terms_of(annotations: Json, namespace: str) -> Terms | Malformed:
         nvlink=LINK in said,
         driver=said.get(DRIVER, ()),
         cuda=said.get(CUDA, ()),
-        guest=Guest(tenant, said.get(WORKLOAD, ""), isolation),
+        guest=_guest(said, namespace),
     )
+
+
+def _guest(said: Mapping[str, Any], namespace: str) -> Guest:
+    isolation = said.get(ISOLATION, "")
+    return Guest(said.get(TENANT, namespace if isolation else ""), said.get(WORKLOAD, ""), isolation)
+
+
+def _guest_of(annotations: Json, namespace: str) -> Guest:
+    """Who a pod is, whatever is wrong with its other annotations: once it runs, its wish to be apart stands."""
+    said: dict[str, Any] = {}
+    for name in (TENANT, ISOLATION, WORKLOAD):
+        text = annotations.get(name)
+        try:
+            if isinstance(text, str):
+                said[name] = TERMS[name][0](text.strip())
+        except ValueError:
+            continue
+    return _guest(said, namespace)
 
 
 NO_TERMS = Terms()
@@ -314,11 +335,6 @@ TERMS: Mapping[str, tuple[Callable[[str], Any], str]] = {
 """Each annotation of a pod's terms: how it is read, and what would be right."""
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 # -- names --------------------------------------------------------------------------------------------------
 
 
@@ -350,13 +366,19 @@ def read_placement(text: object) -> Written | Malformed | None:
         uid, node, devices = value["uid"], value["node"], value["devices"]
         if not (isinstance(uid, str) and isinstance(node, str) and isinstance(devices, list) and devices):
             return Malformed(f"{PLACEMENT_ANNOTATION} has fields of the wrong type")
-        return Written(uid, node, tuple(sorted((device_of(device) for device in devices), key=str)))
+        read = tuple(sorted((device_of(device) for device in devices), key=str))
+        if len(set(read)) < len(read):
+            return Malformed(f"{PLACEMENT_ANNOTATION} names a device twice")
+        return Written(uid, node, read)
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         return Malformed(f"{PLACEMENT_ANNOTATION} cannot be read: {error}")
 
 
 def device_of(text: object) -> Device:
-    """Read `GPU-…`, `GPU-…/3g.40gb@4` or `GPU-…:250m`. Raises ValueError."""
+    """Read `GPU-…`, `GPU-…/3g.40gb@4` or `GPU-…:250m`. Raises ValueError.
+
+    A share asked for in MiB may be all of its GPU, `GPU-…:1000m`.
+    """
     if not isinstance(text, str) or not text:
         raise ValueError(f"not a device: {text!r}")
     gpu, slash, rest = text.partition("/")
@@ -371,9 +393,10 @@ def device_of(text: object) -> Device:
 def _share_of(text: str) -> Device:
     gpu, _, share = text.rpartition(":")
     digits = share.removesuffix("m")
-    if not gpu or digits == share or not (digits.isascii() and digits.isdigit() and len(digits) <= 3 and int(digits)):
-        # a whole GPU is written without a share
+    if not gpu or digits == share or not (digits.isascii() and digits.isdigit() and len(digits) <= 4):
         raise ValueError(f"not a device: {text!r}")
+    if not 0 < int(digits) <= GPU_MILLI:
+        raise ValueError(f"not a device: {text!r} is no share of a GPU")
     return Device(gpu, milli=int(digits))
 
 
@@ -442,14 +465,21 @@ def _read(amounts: Json) -> dict[str, int]:
 
 
 def allocatable_of(node: Json) -> tuple[int, int] | None:
-    """CPU (milli) and memory (MiB) that a v1.Node gives to pods; None where it does not say, or not readably."""
+    """CPU (milli) and memory (MiB) that a v1.Node gives to pods; None where it does not say, or not readably.
+
+    More than `LARGEST_COUNT` is no real amount; it counts as so much.
+    """
     status = node.get("status")
     amounts = status.get("allocatable") if isinstance(status, Mapping) else None
     try:
         cpu, memory = (amounts["cpu"], amounts["memory"]) if isinstance(amounts, Mapping) else (None, None)
-        return int(1000 * quantity(cpu)), int(quantity(memory) / MIB)
+        return _given(1000 * quantity(cpu)), _given(quantity(memory) / MIB)
     except (KeyError, ValueError):
         return None
+
+
+def _given(amount: Decimal) -> int:
+    return min(LARGEST_COUNT, max(0, int(amount)))
 
 
 def _count(name: str, amount: object) -> int:
@@ -458,9 +488,9 @@ def _count(name: str, amount: object) -> int:
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if value < 0 or value != value.to_integral_value():
-        raise ValueError(f"{name}: {amount!r} is not a whole number of devices")
+        raise ValueError(f"{name}: {short(amount)} is not a whole number of devices")
     if value > LARGEST_COUNT:
-        raise ValueError(f"{name}: {amount!r} is more than any node has")
+        raise ValueError(f"{name}: {short(amount)} is more than any node has")
     return int(value)
 
 

@@ -66,3 +66,13 @@ def test_allocatable_is_read_and_what_cannot_be_read_is_unknown():
     assert allocatable_of(node(cpu="7910m", memory="32000Ki")) == (7910, 31)
     odd: list[dict[str, object]] = [{}, {"status": None}, {"status": {}}, node(cpu="1"), node(cpu="x", memory="1Gi")]
     assert [allocatable_of(each) for each in odd] == [None] * len(odd)
+
+
+def test_allocatable_that_no_node_has_counts_as_very_much():
+    """Prices are made in machine words; a negative amount is none."""
+
+    def given_by(**amounts: object) -> tuple[int, int] | None:
+        return allocatable_of({"status": {"allocatable": amounts}})
+
+    assert given_by(cpu="9223372036854775807", memory="7E") == (2**31, 2**31)
+    assert given_by(cpu="-5", memory="-5Gi") == (0, 0)

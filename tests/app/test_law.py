@@ -404,6 +404,35 @@ async def test_a_holder_of_a_share_that_is_seen_on_its_gpu_is_no_stranger(world)
     assert world.devices("q")[0].startswith(gpu)
 
 
+async def test_a_share_of_all_of_a_gpu_is_still_known_after_a_restart():
+    """Asked for in MiB it can be; unknown devices would keep back the whole node."""
+    memory = sample_node("l1", "4xL4").gpus[0].memory_mib
+    first = World({"l1": "4xL4"}, lease_seconds=1000)
+    first.add_pod("p", {SHARE: str(memory)})
+    async with first.running():
+        assert await first.bind("p", "l1") == ""
+        (device,) = first.devices("p")
+    again = World({"l1": "4xL4"}, on=first.kube, lease_seconds=1000)
+    again.add_pod("q", {GPU: "3"})
+    async with again.running():
+        assert again.devices("p") == (device,)
+        assert again.filter("q").fitting == ["l1"]
+        again.add_pod("r", {MILLI: "1"})
+        assert await again.bind("q", "l1") == ""
+        assert not again.filter("r").fitting
+
+
+async def test_nodes_with_absurd_allocatable_are_offered_like_others():
+    """One of them must not make every filter fail."""
+    world = World({"h1": "8xH100", "h2": "8xH100"}, lease_seconds=1000)
+    world.kube.remove_node("h1")
+    world.kube.add_node("h1", cpu="9223372036854775807", memory="7E")
+    world.add_pod("p", {GPU: "1", "cpu": "2000000"})
+    async with world.running():
+        assert set(world.filter("p").fitting) == {"h1", "h2"}
+        assert set(world.prioritize("p")) == {"h1", "h2"}
+
+
 async def test_a_proposal_is_void_once_somebody_who_wants_to_be_apart_stands_there(world):
     """Its devices are free, but not for this pod any more."""
     world.add_pod("p", {MILLI: "100"}, metadata={"annotations": {"tangram.gpu/tenant": "red"}})

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,7 +66,9 @@ def test_each_resource_takes_its_own_largest():
     assert ask(spec) == Demand(2, (("1g.10gb", 1),))
 
 
-@pytest.mark.parametrize("quantity", ["two", "", "1.5", "-1", "NaN", "1e400", True, None, [1], {"a": 1}, "1Zi"])
+@pytest.mark.parametrize(
+    "quantity", ["two", "", "1.5", "-1", "NaN", "1e400", True, None, [1], {"a": 1}, "1Zi", "٢", "1_0", "1e-999999999"]
+)
 def test_a_malformed_quantity_becomes_words(quantity):
     wrong = ask({"containers": [container(**{GPU: quantity})]})
 
@@ -295,7 +298,9 @@ def test_no_annotation_text_crashes_the_reader(text):
         "GPU-1:",
         ":250m",
         "GPU-1:0m",
-        "GPU-1:1000m",
+        "GPU-1:1001m",
+        "GPU-1:00000m",
+        "GPU-1:٢٥٠m",
         "GPU-1:25",
         "GPU-1:-1m",
     ],
@@ -303,6 +308,44 @@ def test_no_annotation_text_crashes_the_reader(text):
 def test_what_is_no_device_is_refused(text):
     with pytest.raises(ValueError, match="not a device"):
         device_of(text)
+
+
+def test_a_share_that_is_all_of_its_gpu_is_read_as_it_was_written():
+    """A share asked for in MiB may be; read as anything else, the pod's devices would be unknown after a restart."""
+    device = Device("GPU-1", milli=1000)
+    assert read_placement(write_placement("u", "n", [device])) == Written("u", "n", (device,))
+
+
+@pytest.mark.parametrize("devices", [["GPU-1", "GPU-1"], ["GPU-1:250m", "GPU-1:0250m"], ["GPU-1/1g@0", "GPU-1/1g@00"]])
+def test_a_placement_that_names_a_device_twice_is_not_believed(devices):
+    """Counted it would give what the pod asks for, and leave another of its devices free."""
+    text = orjson.dumps({"v": 1, "uid": "u", "node": "n", "devices": devices}).decode()
+    assert isinstance(read_placement(text), Malformed)
+
+
+def test_a_wish_to_be_apart_stands_whatever_is_wrong_with_other_annotations():
+    """The ask is refused; of a pod that runs already the wish is still kept."""
+    annotations = {"tangram.gpu/isolation": "node", "tangram.gpu/colour": "x", "tangram.gpu/workload": "??"}
+    pod = pod_of(pod_json("p", {GPU: 1}, metadata={"annotations": annotations}))
+    assert isinstance(pod.ask, Malformed)
+    assert pod.need.terms.guest == Guest("default", "", "node")
+
+
+def test_what_cannot_be_read_is_said_in_few_words():
+    """They go to kube-scheduler for every node."""
+    wrong = ask({"containers": [container(**{GPU: "1" * 100_000})]})
+    assert isinstance(wrong, Malformed)
+    assert len(wrong.reason) < 200
+
+
+@pytest.mark.parametrize("amounts", [{"cpu": "9E"}, {"cpu": "1e9"}, {"memory": "7E"}])
+def test_cpu_that_no_node_has_is_refused_in_words(amounts):
+    """Thousandths of it are more than a machine word holds, and one such pod must not spoil the plan for all."""
+    pod = pod_of(pod_json("p", {GPU: 1, **amounts}))
+    assert isinstance(pod.ask, Malformed)
+    assert "than any node has" in pod.ask.reason
+    assert (pod.need.gpus, pod.need.cpu_milli, pod.need.memory_mib) == (1, 0, 0)
+    assert pod_of(pod_json("p", amounts)).ask == Demand()
 
 
 def test_the_pod_is_read_with_all_that_matters():
