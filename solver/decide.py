@@ -46,6 +46,12 @@ more of them columns are generated, and the bound comes from all nodes in one st
 ROUNDS = 30
 """How often columns are generated at most. Most of what is to be won comes in the first few rounds."""
 
+LISTING = 0.5
+"""The part of a plan's time, by its clock, in which columns are listed at most."""
+
+LATE_SECONDS = 3.0
+"""How long after its end one by one may still go on: it is what a plan falls back on. The rest stays unplaced."""
+
 UNPLACED_WEIGHT = 1_000
 """What a milli-GPU unplaced counts against one of price while columns are generated."""
 
@@ -149,6 +155,7 @@ def decide(
 
 def decide_units(units: Mapping[Unit, int], question: Question, limits: Limits) -> Decision:
     """The same for units as the question's lens sees them. Demands that cannot compete are decided apart."""
+    limits = limits.started()
     catalogue = Catalogue(question.demands, question.counts, question.lens, question.scale)
     mover = Mover(question.demands, question.lens, question.scale)
     answers = [
@@ -286,9 +293,10 @@ class _Part:
         self.limits = limits
         mine = set(demands)
         self.wishes = [wish for wish in question.wishes if question.number[wish.demand] in mine]
-        in_time = not limits.none_left(0.0)
+        listing = limits.part(LISTING)
         self.columns = {
-            unit: catalogue.of(unit, count) if in_time else Columns(unit, count, False) for unit, count in units.items()
+            unit: Columns(unit, count, False) if listing.none_left(0.0) else catalogue.of(unit, count)
+            for unit, count in units.items()
         }
         self.pools = Pools(catalogue, demands)
         self.pooled = self._find_pooled()
@@ -306,12 +314,11 @@ class _Part:
 
     def solve(self) -> _Answer:
         """To proof where all columns are known; else the best of what is found, one by one included."""
-        no_time = self.limits.none_left(0.0)  # then no columns were listed, either
         plans: list[list[Taking]] = []
         bounds = [NOTHING] * len(self.question.tier_names())
-        if no_time or not self.complete:
+        if not self.complete or self.limits.none_left(0.0):
             plans.append(self._one_by_one([]))
-        if not no_time:
+        if not plans or not self.limits.none_left(0.0):
             if not self.complete:
                 for unit, column, _, _ in plans[0]:
                     self.columns[unit].add(column)
@@ -346,7 +353,7 @@ class _Part:
     def _choose(self, *, only_complete: bool = False) -> _Choices:
         """Variables and rules over the columns: a unit takes one column, a demand is served or unplaced."""
         question = self.question
-        choices = _Choices(Program())
+        choices = _Choices(Program(limits=self.limits))
         program = choices.program
         serving: dict[int, list[tuple[int, int]]] = {d: [] for d in self.demands}
         for wish in self.wishes:
@@ -569,7 +576,8 @@ class _Part:
         positions += [Position(unit, unit.state, 0, 0, count) for unit, count in free.items()]
         order = sorted(left, key=lambda wish: (-wish.priority, -question.worths[question.number[wish.demand]]))
         waiting = [(question.number[wish.demand], left[wish]) for wish in order if left[wish]]
-        placed = place_all(positions, waiting, self.mover)
+        late = self.limits.longer(LATE_SECONDS)
+        placed = place_all(positions, waiting, self.mover, lambda: not late.none_left(0.0))
         made = [Taking(each.unit, each.column(), each.count) for each in placed if each.count and each.bundle]
         return [*made, *[each for each in plan if each.loose]]
 

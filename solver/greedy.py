@@ -136,6 +136,8 @@ def place_all(
         ticket = numbers()
         heap = []
         for position in known.values():
+            if not go_on():
+                return list(known.values())
             move = mover.move(position.unit, position.state, d) if position.count else None
             if move is not None:
                 heap.append((move.price, next(ticket), position, move))

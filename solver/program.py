@@ -72,6 +72,19 @@ class Limits:
             return self
         return replace(self, until=self.clock() + self.seconds)
 
+    def part(self, share: float) -> Limits:
+        """Over when so much of what is left by the clock has passed; without one as before."""
+        if self.clock is None or self.until is None:
+            return self
+        now = self.clock()
+        return replace(self, until=now + share * max(0.0, self.until - now))
+
+    def longer(self, seconds: float) -> Limits:
+        """Over so many seconds later by the clock; without one never."""
+        if self.clock is None or self.until is None:
+            return Limits(self.seed, self.workers)
+        return replace(self, until=self.until + seconds, deterministic=None)
+
     def none_left(self, spent: float) -> bool:
         """Whether it is over after so many seconds in solvers."""
         if self.deterministic == 0.0:
@@ -121,6 +134,8 @@ class Program:
     names: list[str] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     seconds: float = 0.0
+    limits: Limits = field(default_factory=Limits)
+    """By its clock, if there is one, linear programs end too."""
 
     def variable(self, most: int, name: str = "") -> int:
         """A whole number from 0 to `most`; answers its number."""
@@ -138,7 +153,7 @@ class Program:
 
     def copy(self) -> Program:
         """A program of its own with the same variables and rows."""
-        return Program(list(self.most), list(self.names), list(self.rows), self.seconds)
+        return Program(list(self.most), list(self.names), list(self.rows), self.seconds, self.limits)
 
     def can_hold(self, terms: Terms) -> bool:
         """Whether a row of these terms stays within `SAFE_RANGE`."""
@@ -278,6 +293,8 @@ class Program:
             for variable, coefficient in row.terms:
                 helper.add_term_to_constraint(i, variable, coefficient)
         solver = model_builder.Solver("GLOP")
+        if self.limits.clock is not None and self.limits.seconds is not None:
+            solver.set_time_limit_in_seconds(max(SHORTEST_SECONDS, self.limits.less(0.0).seconds or 0.0))
         if solver.solve(model) != model_builder.SolveStatus.OPTIMAL:
             return -inf, np.zeros(len(self.rows))
         self.seconds += solver.wall_time
@@ -350,6 +367,9 @@ class Program:
 
 
 Floats = NDArray[np.float64]
+
+SHORTEST_SECONDS = 0.05
+"""What a linear program gets when all time is spent: most are solved in it, and a bound is worth having."""
 
 SLACK = 1e-6
 """What the linear program's own value may be off."""

@@ -181,3 +181,21 @@ def test_limits_count_down() -> None:
     assert Limits(seconds=1.0).none_left(1.0)
     assert Limits(deterministic=0.0).none_left(0.0)
     assert Limits(seconds=1.0).less(0.4).seconds == pytest.approx(0.6)
+
+
+def test_a_plan_ends_near_its_limit_however_many_states_and_demands_there_are() -> None:
+    """A clock that runs with what is looked at: the planning process is killed when a plan does not come."""
+    cluster = [replace(node(f"n{i}", 4), cpu_milli=20_000 + 7 * i) for i in range(60)]
+    asks = [Demand(1 + i % 4, cpu_milli=1000 + 13 * i) for i in range(60)]
+    ticks = [0.0]
+
+    def clock() -> float:
+        ticks[0] += 0.05
+        return ticks[0]
+
+    asked = problem(cluster, asks)
+    plan = solve(asked, time_limit_seconds=2.0, clock=clock)
+
+    assert 1.0 < ticks[0] < 2.0 + decide.LATE_SECONDS + 1.0
+    assert plan.status is Status.FEASIBLE
+    assert verify(asked, plan) == []
