@@ -22,11 +22,18 @@ from solver.steps import Host, RoomState, State, Step
 from solver.units import Lens, Scale, Unit, is_coupled
 
 REACHED = 600
-"""States that one unit's courses may lead through. A cut board has up to a few hundred, eight GPUs in two NUMA
-nodes 45; eight GPUs with shares on them have millions, and are not complete. A state takes up to a millisecond."""
+"""States that one host's courses may lead through. Eight GPUs in two NUMA nodes have 45; eight GPUs with shares on
+them have millions, and are not complete. A state takes up to a millisecond."""
+
+CUT_STATES = 2_000
+"""The same for a cut. An A100 has 1,500 with all its profiles, a few hundred with those that are mostly asked for;
+they are the same in every plan, so their prices are known from the second on."""
 
 STATES = 5_000
 """The same for all hosts of a plan together."""
+
+FEW = 5
+"""Asks in all up to which every bundle is looked at by itself: shares on rich hosts, and boards with many states."""
 
 BUNDLES = 3_000
 """Bundles that one unit may have and be complete. Boards of 8 with demands of 1, 2, 4 and 8 GPUs have 35, an A100
@@ -94,9 +101,23 @@ class Courses:
         self._asked: dict[tuple[int, Packed], Course | None] = {}
         self._looked_at = 0
         self._hopeless: dict[object, int] = {}
+        self._few_on_host = self._bundles([d for d, _ in self._hosted])
+        self._few_on_cut = self._bundles([d for d, _ in self._sliced])
+
+    def _bundles(self, demands: Sequence[int]) -> list[Packed] | None:
+        """Every bundle of these demands, if they are few."""
+        if sum(self._caps[d] for d in demands) > FEW:
+            return None
+        bundles = [0]
+        for d in demands:
+            bundles = [bundle + packed(d) * n for bundle in bundles for n in range(self._caps[d] + 1)]
+        return bundles
 
     def of(self, state: State) -> dict[Packed, Course] | None:
         """The cheapest course to every bundle; None where there are too many."""
+        few = self._few_on_host if isinstance(state, Host) else self._few_on_cut
+        if few is not None and self._looked_at <= STATES:
+            return {bundle: course for bundle in few if (course := self.to(state, bundle)) is not None}
         if isinstance(state, Host) and state.free_milli >= self._hopeless.get(state.board, 1 << 60):
             return None
         root = self._number(state)
@@ -171,7 +192,7 @@ class Courses:
                 continue
             target = arcs[i].target
             seen.add(target)
-            if len(seen) > REACHED or (hosts and self._looked_at > STATES):
+            if len(seen) > (REACHED if hosts else CUT_STATES) or (hosts and self._looked_at > STATES):
                 return None
             stack += [(number, i + 1), (target, 0)]
         return order

@@ -35,6 +35,10 @@ UNPLACED = 10**12
 very many asks or several tiers it is a larger power of ten (`digits`)."""
 
 
+LOOKED_AT, TOLD = 64, 3
+"""Nodes that are asked why they could not take a demand that stays unplaced, and reasons that are told."""
+
+
 def solve(
     problem: Problem,
     policy: Policy = DEFAULT_POLICY,
@@ -150,13 +154,22 @@ def _outcomes(problem: Problem, placed: Mapping[str, Placement]) -> tuple[tuple[
 
 
 def _why_unplaced(problem: Problem, demand: Demand) -> Unplaced:
-    """The refusal of the only node there is, if it refuses before the plan; else that the rest won the room."""
+    """What was in the way before the plan on nodes all over the cluster, or else that others won the room."""
     nodes = problem.snapshot.nodes
-    if len(nodes) == 1:
-        refused = refusal(nodes[0], problem.snapshot.taken.get(nodes[0].name, ()), demand)
-        if refused is not None:
-            return Unplaced(f"{nodes[0].name}: {refused}")
-    return Unplaced(f"no node has room for {demand} in this plan")
+    looked_at = nodes[:: max(1, -(-len(nodes) // LOOKED_AT))]
+    reasons: Counter[str] = Counter()
+    for node in looked_at:
+        refused = refusal(node, problem.snapshot.taken.get(node.name, ()), demand)
+        if refused is None:
+            return Unplaced(f"no node has room for {demand} in this plan: others took what there was")
+        reasons[refused.reason] += 1
+    if not reasons:
+        return Unplaced("there are no nodes")
+    if len(reasons) == len(looked_at) == 1:
+        return Unplaced(f"{looked_at[0].name}: {next(iter(reasons))}")
+    told = [f"{count} node{'s' if count != 1 else ''}: {reason}" for reason, count in reasons.most_common(TOLD)]
+    more = f"; {len(reasons) - TOLD} more reasons" if len(reasons) > TOLD else ""
+    return Unplaced("; ".join(told) + more)
 
 
 # --- units walk on real nodes ---
