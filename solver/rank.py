@@ -31,6 +31,10 @@ from solver.steps import Host, Room, RoomState, Step, host_steps, read
 KNOWN_DEMANDS = 1024
 """Demands whose rows are kept up; the one not asked for longest goes first. At 5,000 nodes a row is 80 kB."""
 
+NAMED_DEMANDS = 64
+"""Of these the prices by name, as they are answered, are kept: 0.6 MB each at 5,000 nodes, made anew in a
+millisecond. Shares in MiB alone can be a thousand different demands."""
+
 RENEWED_STATES = 4
 """States that `settle` renews at a time after the policy's values have changed: a few milliseconds."""
 
@@ -40,8 +44,8 @@ NEWS = 4
 STEP_BY_STEP = -1
 """Instead of the place of a way: that price was found by `pack`, and so must its devices be."""
 
-KNOWN_REFUSALS = 256
-"""Refusals remembered per node until it changes."""
+KNOWN_REFUSALS = 64
+"""Refusals remembered per node until it changes: 0.2 kB each."""
 
 
 def quote(node: Node, taken: Iterable[Taken], demand: Demand, policy: Policy = DEFAULT_POLICY) -> Placement | None:
@@ -187,6 +191,7 @@ class Ranking:
         self._old: dict[int, None] = {}  # columns with prices of the policy before
         self._rows: OrderedDict[Demand, _Row] = OrderedDict()
         self._unfinished: dict[Demand, _Row] = {}  # rows where something is missing
+        self._named: OrderedDict[Demand, _Row] = OrderedDict()  # rows with prices by name
         self._known: Known | None = None
         self._none = NONE if _is_small(policy) else NONE**8
         self._prices = self._table(4, 16)
@@ -268,6 +273,11 @@ class Ranking:
                 else:
                     row.by_name[name] = price
         row.heard = len(self._news)
+        self._named[demand] = row
+        self._named.move_to_end(demand)
+        if len(self._named) > NAMED_DEMANDS:
+            _, oldest = self._named.popitem(last=False)
+            oldest.by_name, oldest.heard = {}, -1
         return row.by_name
 
     def cheapest(self, demand: Demand, chance: Random | None = None) -> str | None:
@@ -367,7 +377,8 @@ class Ranking:
                 row.missing.difference_update(together)
                 self.quoted += len(together)
             row.heard = -1
-        self._unfinished.pop(demand, None)
+        if self._unfinished.pop(demand, None) is not None:
+            row.missing.clear()  # gives back what a set of all columns took: 0.5 MB at 5,000 nodes
         return row
 
     def _add(self, demand: Demand) -> _Row:
@@ -375,6 +386,7 @@ class Ranking:
         if number >= KNOWN_DEMANDS:
             forgotten, oldest = self._rows.popitem(last=False)
             self._unfinished.pop(forgotten, None)
+            self._named.pop(forgotten, None)
             number = oldest.number
         self._grow(number + 1, len(self._names))
         self._known = None

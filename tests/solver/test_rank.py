@@ -1,5 +1,8 @@
 """One pod, now: which devices, and how much work it is to know."""
 
+import pytest
+
+from solver import rank
 from solver.cluster import Device
 from solver.demand import Demand
 from solver.geometry import Slice
@@ -153,3 +156,22 @@ def test_a_node_that_is_removed_is_offered_no_more() -> None:
 
     ranking.put(node("n"), whole("n", *range(8)))
     assert ranking.prices(Demand.of(1)) == {}
+
+
+def test_prices_by_name_are_kept_of_the_latest_demands_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster where each share is another amount of MiB would else fill the memory; the prices stay right."""
+    monkeypatch.setattr(rank, "NAMED_DEMANDS", 3)
+    ranking = Ranking()
+    for name in "abc":
+        ranking.put(node(name))
+    demands = [Demand(share_mib=1000 + i) for i in range(9)]
+    for demand in demands:
+        assert len(ranking.prices(demand)) == 3
+    assert sum(len(row.by_name) for row in ranking._rows.values()) == 9
+
+    ranking.put(node("b"), whole("b", *range(8)))
+    for demand in demands:
+        fresh = Ranking()
+        for name in "ac":
+            fresh.put(node(name))
+        assert ranking.prices(demand) == fresh.prices(demand)
