@@ -42,7 +42,7 @@ NODES_IN_A_PIECE = 100  # pickled at once: about 3 ms for eight GPUs each
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
 LIVED_SECONDS = 60.0  # a child that lived so long has not failed at its start
-GRACE_SECONDS = 30.0  # beyond the time limit of a plan: building the model, and a machine that is busy
+GRACE_SECONDS = 30.0  # to hear what is said; and beyond a plan's time limit: its model, and a busy machine
 SETTLE_SECONDS = 0.01  # between two turns of bringing old prices up to date
 HEADER_BYTES = 8
 FORECAST_PODS = 100  # fewer say little of what comes next
@@ -150,9 +150,10 @@ class Child:
         return self._process.pid
 
     async def say(self, message: Message) -> None:
-        """Send, waiting while its pipe is full. Raises OSError when it is gone."""
+        """Send, waiting while its pipe is full. Raises OSError when it is gone, TimeoutError when it hangs."""
         self._to.write(frame(message))
-        await self._to.drain()
+        async with asyncio.timeout(GRACE_SECONDS):
+            await self._to.drain()
 
     async def hear(self) -> Heard:
         """Its next word. Raises EOFError when it is gone."""

@@ -396,7 +396,7 @@ def _as_share(seen: Sequence[Device], demand: Demand, entry: Entry) -> tuple[Dev
         return ()
     memory = next(gpu.memory_mib for gpu in entry.node.gpus if gpu.uuid == seen[0].gpu)
     milli = demand.share_of(memory)
-    return (replace(seen[0], milli=milli),) if milli < GPU_MILLI else ()
+    return (replace(seen[0], milli=milli),) if milli <= GPU_MILLI else ()
 
 
 def _meets(devices: Iterable[Device], demand: Demand) -> bool:

@@ -377,9 +377,10 @@ async def test_shares_fill_one_gpu_and_no_more_and_come_back_after_a_restart():
         assert again.filter("t").fitting == ["l1"]
 
 
-async def test_a_share_of_unknown_place_keeps_back_every_gpu_it_could_be_on_until_it_is_seen():
+@pytest.mark.parametrize("mib", [8000, sample_node("l1", "4xL4").gpus[0].memory_mib])
+async def test_a_share_of_unknown_place_keeps_back_every_gpu_it_could_be_on_until_it_is_seen(mib):
     world = World({"l1": "4xL4"}, lease_seconds=1000)
-    world.add_pod("p", {SHARE: "8000"}, spec={"nodeName": "l1"})
+    world.add_pod("p", {SHARE: str(mib)}, spec={"nodeName": "l1"})
     world.add_pod("q", {MILLI: "100"})
     async with world.running():
         assert not world.filter("q").fitting

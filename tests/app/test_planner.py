@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import app.planner as planner_module
 from app.planner import Begin, Child, MakePlan, News, Planner
 from app.schedule import JointPlan, Planned
 from app.simulate import report_of
@@ -229,3 +230,17 @@ async def test_without_planning_it_says_so():
     async with World({"h1": "8xH100"}, planning=False).running() as world:
         shown = world.service.views.plan(world.service.schedule, world.service.planner)
         assert (shown["planning"], shown["status"]) == (False, None)
+
+
+async def test_a_child_that_does_not_hear_what_it_is_told_counts_as_hung(monkeypatch):
+    """Stopped between two plans it answers to nothing, and its pipe is full after a few hundred nodes."""
+    monkeypatch.setattr(planner_module, "GRACE_SECONDS", 0.5)
+    child = await Child.start()
+    try:
+        os.kill(child.pid, signal.SIGSTOP)
+        node = sample_node("h1", "8xH100")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(20):
+                await child.say(News(tuple((node, ()) for _ in range(100)), ("x" * 1_000_000,)))
+    finally:
+        await child.end()
