@@ -88,7 +88,15 @@ class Courses:
     Any bundle that fits can be served in the order of its demands, so only such courses are looked at.
     """
 
-    def __init__(self, parts: Sequence[Part], caps: Sequence[int], lens: Lens, scale: Scale) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        caps: Sequence[int],
+        lens: Lens,
+        scale: Scale,
+        go_on: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._go_on = go_on
         self._hosted = [(d, need) for d, need in parts if isinstance(need, HostNeed)]
         self._sliced = [(d, need) for d, need in parts if isinstance(need, SliceNeed)]
         self._caps = [min(MASK, cap) for cap in caps]
@@ -183,6 +191,8 @@ class Courses:
         hosts = isinstance(self._states[root], Host)
         stack: list[tuple[int, int]] = [(root, 0)] if self._courses[root] is None else []
         while stack:
+            if not self._go_on():
+                return None
             number, i = stack.pop()
             arcs = self._arcs_from(number)
             while i < len(arcs) and (arcs[i].target in seen or self._courses[arcs[i].target] is not None):
@@ -281,9 +291,20 @@ class Columns:
 
 
 class Catalogue:
-    """The columns of every unit, for these demands and so many of each (`caps`)."""
+    """The columns of every unit, for these demands and so many of each (`caps`).
 
-    def __init__(self, demands: Sequence[Demand], caps: Sequence[int], lens: Lens, scale: Scale) -> None:
+    Once `go_on()` says no, what is not known by then counts as too much.
+    """
+
+    def __init__(
+        self,
+        demands: Sequence[Demand],
+        caps: Sequence[int],
+        lens: Lens,
+        scale: Scale,
+        go_on: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._go_on = go_on
         self.demands = demands
         self.scale = scale
         self.caps = caps
@@ -292,7 +313,7 @@ class Catalogue:
         for d, demand in enumerate(demands):
             if demand.slices and not is_coupled(demand):
                 small.append((d, demand.slice_need(demand.slices[0][0])))
-        self.courses = Courses(small, caps, lens, scale)
+        self.courses = Courses(small, caps, lens, scale, go_on)
         self._on_host = Courses([(d, demand.host_need) for d, demand in enumerate(demands)], caps, lens, scale)
         self._needs: list[list[tuple[SliceNeed, int]]] = [
             [(demand.slice_need(profile), count) for profile, count in demand.slices] for demand in demands
@@ -305,10 +326,12 @@ class Catalogue:
             for need, count in needs:
                 most[number[need]] += cap * count
         self.most_pieces = most
-        self.in_cuts = Courses(list(enumerate(self.pieces)), most, lens, scale)
+        self.in_cuts = Courses(list(enumerate(self.pieces)), most, lens, scale, go_on)
 
     def of(self, unit: Unit, count: int) -> Columns:
         """All that the unit can serve; not complete where that is too much."""
+        if not self._go_on():
+            return Columns(unit, count, False)
         if isinstance(unit.state, RoomState):
             return self._of_room(unit, unit.state, count)
         found = self.courses.of(unit.state)
@@ -331,7 +354,8 @@ class Catalogue:
 
     def host_courses(self, demands: Sequence[int]) -> Courses:
         """Courses of hosts for the host's part of these demands only."""
-        return Courses([(d, self.demands[d].host_need) for d in demands], self.caps, self._lens, self.scale)
+        parts = [(d, self.demands[d].host_need) for d in demands]
+        return Courses(parts, self.caps, self._lens, self.scale, self._go_on)
 
     def loose_way(self, state: Host, d: int) -> Way:
         """The step of a demand that changes nothing."""

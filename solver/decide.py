@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from solver.cluster import GPU_MILLI
-from solver.columns import BITS, MASK, Catalogue, Column, Columns, Packed, Way, counts_of, in_order, is_loose, packed
+from solver.columns import BITS, MASK, Catalogue, Column, Packed, Way, counts_of, in_order, is_loose, packed
 from solver.demand import Demand
 from solver.geometry import Cut
 from solver.goals import WORST_MILLI, Policy
@@ -150,13 +150,14 @@ def decide(
             parts = [Unit(question.lens.state(state))]
         for unit in parts:
             units[unit] = units.get(unit, 0) + count
-    return decide_units(units, question, limits or Limits())
+    return decide_units(units, question, (limits or Limits()).started())
 
 
 def decide_units(units: Mapping[Unit, int], question: Question, limits: Limits) -> Decision:
     """The same for units as the question's lens sees them. Demands that cannot compete are decided apart."""
-    limits = limits.started()
-    catalogue = Catalogue(question.demands, question.counts, question.lens, question.scale)
+    listing = limits.part(LISTING)
+    go_on = lambda: not listing.none_left(0.0)  # noqa: E731
+    catalogue = Catalogue(question.demands, question.counts, question.lens, question.scale, go_on)
     mover = Mover(question.demands, question.lens, question.scale)
     answers = [
         _Part(question, demands, mine, catalogue, mover, limits).solve() for demands, mine in _separate(units, question)
@@ -293,11 +294,7 @@ class _Part:
         self.limits = limits
         mine = set(demands)
         self.wishes = [wish for wish in question.wishes if question.number[wish.demand] in mine]
-        listing = limits.part(LISTING)
-        self.columns = {
-            unit: Columns(unit, count, False) if listing.none_left(0.0) else catalogue.of(unit, count)
-            for unit, count in units.items()
-        }
+        self.columns = {unit: catalogue.of(unit, count) for unit, count in units.items()}
         self.pools = Pools(catalogue, demands)
         self.pooled = self._find_pooled()
         self.complete = all(each.complete or unit in self.pooled for unit, each in self.columns.items())

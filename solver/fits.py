@@ -135,7 +135,8 @@ def a_legal_start(demand: Demand, room: Room, taken: Sequence[Allocation]) -> st
         words = [_in_the_way(gpu, profile, held) for gpu, _ in room.cuts]
         words = [word for word in words if word]
         more = f"; {len(words) - SHOWN} more GPUs alike" if len(words) > SHOWN else ""
-        return f"no legal start for {profile}: {'; '.join(words[:SHOWN])}{more}" + _withheld(room, mig=True)
+        found = f": {'; '.join(words[:SHOWN])}" if words else ""
+        return f"no legal start for {profile}{found}{more}" + _withheld(room, mig=True)
     return None
 
 

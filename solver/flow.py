@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from solver.cluster import GPU_MILLI, Device, Gpu
-from solver.decide import Question, Take, Wish, decide_units, in_status
+from solver.decide import LATE_SECONDS, Question, Take, Wish, decide_units, in_status
 from solver.demand import Ask, Demand, HostNeed, Problem
 from solver.fits import refusal
 from solver.geometry import Cut
@@ -58,13 +58,16 @@ def solve(
     """
     question = question_of(problem, policy)
     walk = Walk(problem, question)
-    limits = Limits(seed, workers, time_limit_seconds, deterministic_limit, clock)
+    limits = Limits(seed, workers, time_limit_seconds, deterministic_limit, clock).started()
+    late = limits.longer(LATE_SECONDS)
     decision = decide_units(walk.counted(), question, limits)
     for take in decision.takes:
         walk.send(take)
     placed, tiers = walk.placed, decision.tiers
     if decision.status is not Status.OPTIMAL and len(problem.asks) <= ONE_BY_ONE:
-        placed, tiers = _no_worse_than(_one_by_one(problem, policy), placed, tiers, problem, question)
+        other = _one_by_one(problem, policy, late)
+        if other is not None:
+            placed, tiers = _no_worse_than(other, placed, tiers, problem, question)
     unit = dict(zip(question.tier_names(), digits(question), strict=True))
     cost = sum(unit[tier.name] * tier.value for tier in tiers)
     bound = sum(unit[tier.name] * tier.bound for tier in tiers)
@@ -72,8 +75,10 @@ def solve(
     return Plan(status, _outcomes(problem, placed), cost, bound, tiers, decision.seconds)
 
 
-def _one_by_one(problem: Problem, policy: Policy) -> dict[str, Placement]:
-    """The one-pod path for each ask in its turn: the urgent first, then in the order of the problem."""
+def _one_by_one(problem: Problem, policy: Policy, limits: Limits) -> dict[str, Placement] | None:
+    """The one-pod path for each ask in its turn: the urgent first, then in the order of the problem. None where that
+    takes too long.
+    """
     nodes = {node.name: node for node in problem.snapshot.nodes}
     order = {name: i for i, name in enumerate(nodes)}
     taken = {name: list(problem.snapshot.taken.get(name, ())) for name in nodes}
@@ -82,7 +87,9 @@ def _one_by_one(problem: Problem, policy: Policy) -> dict[str, Placement]:
         ranking.put(node, taken[name])
     placed = {}
     for ask in sorted(problem.asks, key=lambda ask: -ask.priority):
-        prices = ranking.prices(ask.demand)
+        prices = ranking.prices_while(ask.demand, lambda: not limits.none_left(0.0))
+        if prices is None:
+            return None
         if prices:
             name = min(prices, key=lambda name: (prices[name], order[name]))
             placement = ranking.best(ask.demand, name)
@@ -133,7 +140,7 @@ def digits(question: Question) -> list[int]:
         found.insert(0, digit)
         asked = [(wish, count) for wish, count in question.pending.items() if wish.priority == priority]
         most = sum(question.worths[question.number[wish.demand]] * count for wish, count in asked)
-        digit = _power_of_ten(digit * (most + 1))
+        digit *= _power_of_ten(most + 1)
     return found
 
 

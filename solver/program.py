@@ -443,8 +443,13 @@ def minimise_in_order(
 def _all_at_once(program: Program, goals: Sequence[Terms], limits: Limits) -> Ordered | None:
     """Every goal but the last at its linear bound; None where that cannot be, or was not found."""
     trial = program.copy()
-    bounds = [trial.keep_at(goal) for goal in goals[:-1]]
-    found = trial.minimise(goals[-1], limits.less(0.0), one_try=True) if trial.is_safe() else None
+    start, bounds = trial.seconds, []
+    for goal in goals[:-1]:
+        if limits.none_left(trial.seconds - start):
+            break
+        bounds.append(trial.keep_at(goal))
+    in_time = len(bounds) + 1 == len(goals) and trial.is_safe()
+    found = trial.minimise(goals[-1], limits.less(0.0), one_try=True) if in_time else None
     program.seconds = trial.seconds
     if found is None or found.values is None:
         return None
@@ -462,6 +467,8 @@ def _goal_by_goal(
     bounds, statuses = [NOTHING] * len(goals), [Status.UNKNOWN] * len(goals)
     reached: list[int] = []
     for i, goal in enumerate(goals):
+        if i and limits.none_left(trial.seconds - start):
+            break
         proven = all(status is Status.OPTIMAL for status in statuses[:i])
         if proven and floors is not None:
             bounds[i] = floors(i, reached)

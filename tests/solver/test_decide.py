@@ -199,3 +199,12 @@ def test_a_plan_ends_near_its_limit_however_many_states_and_demands_there_are() 
     assert 1.0 < ticks[0] < 2.0 + decide.LATE_SECONDS + 1.0
     assert plan.status is Status.FEASIBLE
     assert verify(asked, plan) == []
+
+
+def test_as_many_priorities_as_pods_are_planned() -> None:
+    """A cost has some digits for each; Python prints no number of more than 4,300."""
+    asks = tuple(Ask(f"a{i}", Demand.of(1 + i % 8), priority=i) for i in range(1200))
+    plan = solve(Problem(Snapshot((node("n", 8),)), asks), deterministic_limit=0.0)
+
+    assert plan.tiers[0].value == 0
+    assert plan.cost > 10**4300
