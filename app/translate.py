@@ -121,7 +121,7 @@ def pod_of(pod: Json) -> Pod:
     meta = _object(pod.get("metadata"), "metadata")
     spec = _object(pod.get("spec"), "spec")
     status = pod.get("status") or {}
-    ref = PodRef(_text(meta, "uid"), meta.get("namespace") or "default", _text(meta, "name"))
+    ref = PodRef(_text(meta, "uid"), _text_or(meta, "namespace", "default"), _text(meta, "name"))
     annotations = meta.get("annotations") or {}
     if not isinstance(annotations, Mapping):
         raise ValueError("metadata.annotations is not an object")
@@ -134,15 +134,15 @@ def pod_of(pod: Json) -> Pod:
         ref=ref,
         ask=wrong or (terms if isinstance(terms, Malformed) else _on(terms, need)),
         need=_on(Terms(guest=guest), need),
-        node=spec.get("nodeName") or "",
+        node=_text_or(spec, "nodeName", ""),
         finished=isinstance(status, Mapping) and _ended(status),
         terminating=meta.get("deletionTimestamp") is not None,
         grace_seconds=max(grace, longer),
-        resource_version=meta.get("resourceVersion") or "",
+        resource_version=_text_or(meta, "resourceVersion", ""),
         written=read_placement(annotations.get(PLACEMENT_ANNOTATION)),
         priority=_whole(spec.get("priority")),
         gated=bool(spec.get("schedulingGates")),
-        scheduler=spec.get("schedulerName") or DEFAULT_SCHEDULER,
+        scheduler=_text_or(spec, "schedulerName", DEFAULT_SCHEDULER),
     )
 
 
@@ -517,4 +517,12 @@ def _text(value: Json, field: str) -> str:
     text = value.get(field)
     if not isinstance(text, str) or not text:
         raise ValueError(f"metadata.{field} is missing")
+    return text
+
+
+def _text_or(value: Json, field: str, otherwise: str) -> str:
+    """Text that may be missing."""
+    text = value.get(field) or otherwise
+    if not isinstance(text, str):
+        raise ValueError(f"metadata or spec: {field} is not text")
     return text

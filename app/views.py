@@ -18,6 +18,8 @@ from solver.market import Table
 Json = dict[str, Any]
 NODES_SHOWN = 100  # of one demand in the plan
 
+MOST_BITS = 14_000  # Python prints no number of more than 4,300 digits
+
 
 class Views:
     """The read side. Each method is one snapshot; nothing awaits."""
@@ -111,8 +113,8 @@ class Views:
         return {
             **about,
             "status": plan.status,
-            "cost": str(plan.cost),
-            "bound": str(plan.bound),
+            "cost": _whole(plan.cost),
+            "bound": _whole(plan.bound),
             "gap": plan.gap,
             "seconds": round(planner.seconds, 4),
             "solving_seconds": round(plan.solving_seconds, 4),
@@ -266,6 +268,11 @@ def _planned(planned: Planned, schedule: Schedule) -> Json:
         "nodes": len(planned.on),
         "still_to_come": dict(list(left.items())[:NODES_SHOWN]),
     }
+
+
+def _whole(number: int) -> str:
+    """As text, since it may be too long for JSON; with hundreds of priorities it is too long for anything."""
+    return str(number) if number.bit_length() <= MOST_BITS else f"about 2^{number.bit_length()}"
 
 
 def _table(table: Table) -> Json:

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -244,3 +245,14 @@ async def test_a_child_that_does_not_hear_what_it_is_told_counts_as_hung(monkeyp
                 await child.say(News(tuple((node, ()) for _ in range(100)), ("x" * 1_000_000,)))
     finally:
         await child.end()
+
+
+async def test_a_cost_of_any_length_can_be_shown(world):
+    """With hundreds of priorities it has thousands of digits, more than Python prints."""
+    world.add_pod("p", {GPU: "1"})
+    await world.until(lambda: world.service.schedule.plan and planner(world).made_at)
+    plan = world.service.schedule.plan
+    assert plan is not None
+    world.service.schedule.plan = replace(plan, cost=10**5000, bound=0)
+    shown = world.service.views.plan(world.service.schedule, planner(world))
+    assert (shown["cost"], shown["bound"]) == ("about 2^16610", "0")

@@ -367,7 +367,16 @@ def test_the_pod_is_read_with_all_that_matters():
 
 
 @pytest.mark.parametrize(
-    "pod", [{}, {"metadata": {}}, {"metadata": {"uid": "u"}, "spec": {}}, {"metadata": 1, "spec": 2}]
+    "pod",
+    [
+        {},
+        {"metadata": {}},
+        {"metadata": {"uid": "u"}, "spec": {}},
+        {"metadata": 1, "spec": 2},
+        {"metadata": {"uid": "u", "name": "p"}, "spec": {"schedulerName": {"a": 1}}},
+        {"metadata": {"uid": "u", "name": "p"}, "spec": {"nodeName": ["n"]}},
+        {"metadata": {"uid": "u", "name": "p", "resourceVersion": 7}, "spec": {}},
+    ],
 )
 def test_what_is_no_pod_raises_value_error(pod):
     with pytest.raises(ValueError, match=r"metadata|spec"):
