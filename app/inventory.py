@@ -5,7 +5,7 @@ except what agents saw of them (which pod has a process on which device).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from sys import intern
 
@@ -146,13 +146,21 @@ def _gpu(gpu: Gpu) -> SolverGpu:
         withheld = f"{hidden} MIG instances exist whose places its agent may not see (it is not privileged)"
     if gpu.mig is not None and gpu.mig.pending not in (None, gpu.mig.enabled):
         withheld = "MIG mode is about to change with the next reset"
+    geometry = _geometry(gpu)
+    if geometry is not None and not _is_reckonable(geometry):
+        starts = sum(len(profile.starts) for profile in geometry.profiles)
+        withheld = (
+            f"its MIG geometry ({geometry.width} units, {len(geometry.profiles)} profiles, {starts} placements) "
+            f"is more than Tangram reckons with ({MOST_UNITS}, {MOST_PROFILES}, {MOST_PLACEMENTS})"
+        )
+        geometry = replace(geometry, profiles=())
     return SolverGpu(
         uuid=gpu.uuid,
         index=gpu.index,
         product=intern(gpu.product),
         memory_mib=gpu.memory_mib,
         numa=gpu.numa,
-        geometry=_geometry(gpu),
+        geometry=geometry,
         instances=tuple(sorted(_slice(instance) for instance in _instances(gpu))),
         withheld=withheld,
         architecture="" if gpu.architecture == UNKNOWN else intern(gpu.architecture),
@@ -160,6 +168,16 @@ def _gpu(gpu: Gpu) -> SolverGpu:
         watts=gpu.watts,
         nic=gpu.nic,
     )
+
+
+MOST_UNITS, MOST_PROFILES, MOST_PLACEMENTS = 16, 32, 200
+"""Boards beyond this are not offered: no board is (12 units, 11 profiles, 30 placements are the most there are), and to
+reckon with one would hold up everybody."""
+
+
+def _is_reckonable(geometry: Geometry) -> bool:
+    placements = sum(len(profile.starts) for profile in geometry.profiles)
+    return geometry.width <= MOST_UNITS and len(geometry.profiles) <= MOST_PROFILES and placements <= MOST_PLACEMENTS
 
 
 def _geometry(gpu: Gpu) -> Geometry | None:

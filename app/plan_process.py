@@ -4,6 +4,7 @@ It keeps its own picture of the cluster, which is brought up to date by what has
 clock but for measuring, and talks to nobody but its parent; it ends when its pipe does.
 """
 
+import ctypes
 import logging
 import os
 import pickle
@@ -38,6 +39,7 @@ from solver.steps import read
 
 log = logging.getLogger("app.plan_process")
 
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 NICENESS = 5  # the service answers kube-scheduler first; at 10 and beside a busy control plane plans came too late
 
 
@@ -183,11 +185,18 @@ def _next(source: BinaryIO) -> Message | None:
     return message
 
 
+def _end_with_the_parent() -> None:
+    """Even while stopped, when the end of the pipe is not heard (Linux; elsewhere the pipe must do)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
     """Serve on standard input and output; whatever else is printed goes to standard error."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(NICENESS)
+    _end_with_the_parent()
     mouth = Mouth(os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)
     serve(sys.stdin.buffer, mouth)

@@ -53,8 +53,8 @@ def solve(
     least price.
 
     OPTIMAL is a proof for all of it, in that order. With a limit (seconds in solvers, by `clock` if there is one, or
-    CP-SAT's deterministic time for each solve) the plan may be FEASIBLE: nothing that fits is left out, and placing
-    one by one is never better, but it could be better down to `bound`.
+    CP-SAT's deterministic time for each solve) the plan may be FEASIBLE: while there is time nothing that fits is left
+    out, and placing one by one is never better, but it could be better down to `bound`.
     """
     question = question_of(problem, policy)
     walk = Walk(problem, question)
@@ -168,7 +168,7 @@ def _why_unplaced(problem: Problem, demand: Demand) -> Unplaced:
     for node in looked_at:
         refused = refusal(node, problem.snapshot.taken.get(node.name, ()), demand)
         if refused is None:
-            return Unplaced(f"no node has room for {demand} in this plan: others took what there was")
+            return Unplaced(f"no node has room for {demand} in this plan: others took what there was, or time ran out")
         reasons[refused.reason] += 1
     if not reasons:
         return Unplaced("there are no nodes")

@@ -3,9 +3,10 @@
 import pytest
 
 from app.inventory import Inventory, node_of, users_of
-from app.report import Instance, Mig, NodeReport, Unchanged
+from app.report import Instance, Mig, NodeReport, Placement, Profile, Unchanged
 from app.simulate import report_of
-from solver import Device, Slice
+from solver import Demand, Device, Slice
+from solver.fits import refusal
 from solver.samples import parse_samples, sample_node
 
 SAMPLES = "8xH100:1,8xA100-mig:1,8xV100:1,8xL40S:1,4xA30-mig:1"
@@ -119,3 +120,26 @@ def test_an_unknown_architecture_is_none_that_can_be_asked_for():
     gpu = report().gpus[0].model_copy(update={"architecture": "unknown", "compute_capability": ""})
     seen = node_of(report(gpus=(gpu,), links=())).gpus[0]
     assert (seen.architecture, seen.compute_capability) == ("", ())
+
+
+def test_a_board_that_no_one_could_have_built_is_kept_back_in_words():
+    """A report may describe anything; reckoning with sixty-four units would hold up everybody."""
+    gpu = report_of(sample_node("a", "4xA30-mig")).gpus[0]
+    assert gpu.mig is not None
+    many = tuple(
+        Profile(
+            name=f"p{size}.{kind}",
+            id=kind,
+            compute_slices=1,
+            memory_mib=1,
+            placements=tuple(Placement(start=start, size=size) for start in range(64 - size)),
+        )
+        for kind, size in enumerate(range(1, 40))
+    )
+    absurd = gpu.model_copy(update={"mig": gpu.mig.model_copy(update={"profiles": many})})
+    node = node_of(report_of(sample_node("a", "4xA30-mig")).model_copy(update={"gpus": (absurd,), "links": ()}))
+
+    assert node.gpus[0].withheld.startswith("its MIG geometry (63 units, 39 profiles")
+    refused = refusal(node, (), Demand.of(**{"p1.0": 5}))
+    assert refused is not None
+    assert not refused.resolvable
