@@ -345,7 +345,7 @@ def read(node: Node, taken: Iterable[Taken] = ()) -> Room:
         tuple([tuple([part for _, part in gpus]) for gpus in shared_gpus]),
         _rest(node.cpu_milli, sum([each.cpu_milli for each in there])),
         _rest(node.memory_mib, sum([each.memory_mib for each in there])),
-        any([each.devices for each in there]),
+        any(each.devices for each in there),
         guests_of([each.guest for each in there if each.devices]),
         node.driver,
         node.cuda,
