@@ -171,9 +171,12 @@ class Offers:
 
         Where there is no time to count CPU and memory, or they seem not to suffice, it is the price without them.
         """
-        exact = self._ranking.prices_while(self._as_priced(demand), go_on) or {}
-        prices = self._ranking.prices_while(on_any_host(demand), go_on) or {}
-        free = {name: exact.get(name, prices[name]) for name in names if name in prices}
+        plain, counted = on_any_host(demand), self._as_priced(demand)
+        exact = (self._ranking.prices_while(counted, go_on) or {}) if counted != plain else {}
+        prices = self._ranking.prices_while(plain, go_on) or {}
+        free = {name: prices[name] for name in names if name in prices}
+        if exact:
+            free = {name: exact.get(name, milli) for name, milli in free.items()}
         promised: dict[str, int] = {}
         for name in self._ledger.nodes_with_proposals():
             if name in free:

@@ -22,6 +22,7 @@ from app.main import read_inventory
 from app.translate import Malformed, Pod, Written, allocatable_of, pod_of
 from solver import Ask, Demand, Node, Plan, Policy, Problem, Snapshot
 from solver.cluster import Allocation, Device, Taken
+from solver.guests import NOBODY, Guest
 from solver.plan import Placement
 from solver.values import Values
 
@@ -64,8 +65,8 @@ def read_files(nodes: Path, pods: Path) -> Files:
     return Files(Problem(snapshot, asks), pending, tuple(malformed), tuple(warnings))
 
 
-def _guest(pod: Pod) -> Any:
-    return pod.ask.terms.guest if isinstance(pod.ask, Demand) else Demand().terms.guest
+def _guest(pod: Pod) -> Guest:
+    return pod.ask.terms.guest if isinstance(pod.ask, Demand) else NOBODY
 
 
 def read_nodes(path: Path) -> list[Node]:

@@ -10,7 +10,7 @@
       Foresee: what pods have asked for ───────────────────────▶ solver.forecast, for the nodes as they are
                                            Forecast ◀───────────
 
-Building models and tables holds Python's lock, so it is done in a process of its own (docs/decisions/0004). The
+Building models and tables holds Python's lock, so it is done in a process of its own (docs/decisions/0006). The
 messages are pickled frames on its pipes. What is sent grows with what has changed, and with the kinds of pending pods,
 not with the cluster or with the pods; it is made in pieces, with turns for others between them. If the child dies or
 hangs it is started again, later each time, and until then pods are placed one by one as ever.

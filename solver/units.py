@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
@@ -250,9 +249,3 @@ class _Supply:
         if all(milli for _, milli in self._by_size):
             most = min(most, max(amount * free_milli // milli for amount, milli in self._by_size))
         return None if free >= most else free // self._grain * self._grain
-
-
-@lru_cache(maxsize=1024)
-def best_fit_slope(size: int, free_milli: int) -> float:
-    """The least that best fit takes of a node's value for each milli-GPU, with so much of it free."""
-    return free_milli / (GPU_MILLI * size) if size else 0.0
