@@ -22,8 +22,23 @@ class Unreadable(BaseModel):
     reason: str
 
 
+class Xid(BaseModel):
+    """An XID event that NVML has delivered: on which GPU, and in which instances if it says."""
+
+    model_config = ConfigDict(frozen=True)
+
+    gpu: str
+    code: int
+    gi_id: int | None = None
+    ci_id: int | None = None
+
+
 class Reading(BaseModel):
-    """Everything NVML said in one look. Where `error` is set NVML as a whole did not answer; the rest is empty."""
+    """Everything NVML said in one look. Where `error` is set NVML as a whole did not answer; the rest is empty.
+
+    The GPUs' `signals` are of this moment; what they mean over time is `health`'s to say. `xids` came since the last
+    look. `makes_slices` and `makes_none` are as in the report.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -31,6 +46,9 @@ class Reading(BaseModel):
     cuda: str = ""
     nvml: str = ""
     sees_pods: bool = False
+    makes_slices: bool = False
+    makes_none: str = ""
+    xids: tuple[Xid, ...] = ()
     error: str = ""
     gpus: tuple[Gpu, ...] = ()
     unreadable: tuple[Unreadable, ...] = ()
