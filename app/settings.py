@@ -11,6 +11,9 @@ def _host_identity() -> str:
     return socket.gethostname()
 
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
 class Settings(BaseSettings):
     """`tangram serve`'s settings. Each can be given as an option or as `TANGRAM_<NAME>` in the environment."""
 
@@ -25,15 +28,40 @@ class Settings(BaseSettings):
     port: int = Field(default=8080, ge=0, le=65535, description="port of the public listener")
     extender_host: str = Field(default="127.0.0.1", description="address of the extender listener")
     extender_port: int = Field(default=8443, ge=0, le=65535, description="port of the extender listener")
-    cert: Path | None = Field(default=None, description="server certificate of the extender listener (PEM)")
+    cert: Path | None = Field(
+        default=None, description="server certificate of the extender's and the agents' listener (PEM)"
+    )
     key: Path | None = Field(default=None, description="its private key (PEM)")
     client_ca: Path | None = Field(
         default=None, description="CA that has signed the client certificates kube-scheduler may show (PEM)"
     )
-    plain: bool = Field(default=False, description="serve the extender verbs without TLS; only on a loopback address")
+    plain: bool = Field(
+        default=False, description="serve the extender verbs and agents without TLS; only on loopback addresses"
+    )
+    agent_host: str = Field(default="127.0.0.1", description="address of the agents' listener")
+    agent_port: int = Field(
+        default=8444,
+        ge=0,
+        le=65535,
+        description="port of the agents' listener: TLS with the certificate above, agents show their tokens",
+    )
+    agent_account: str = Field(
+        default="tangram-agent", description="service account, in our namespace, whose tokens agents show"
+    )
+    token_review_seconds: float = Field(
+        default=300.0,
+        gt=0,
+        description="an accepted agent token is not reviewed again for so long: 5,000 agents make 17 reviews a second, "
+        "and a deleted agent's token counts no longer than this",
+    )
+    unauthenticated_agents: bool = Field(
+        default=False,
+        description="believe agents without a token, on the public listener too; for tests, benches and simulated "
+        "fleets, so only where both listen on loopback addresses",
+    )
 
     kubeconfig: Path | None = Field(default=None, description="kubeconfig file; absent: the pod's own service account")
-    namespace: str = Field(default="tangram-system", description="where the Lease lives")
+    namespace: str = Field(default="tangram-system", description="where the Lease and the agents' account live")
     lease_name: str = Field(default="tangram", description="name of the Lease: one holder serves")
     identity: str = Field(
         default_factory=_host_identity,
@@ -62,6 +90,26 @@ class Settings(BaseSettings):
         default=12.0,
         gt=0,
         description="no Binding is sent later than this; below kube-scheduler's httpTimeout of 15",
+    )
+    slice_seconds: float = Field(
+        default=8.0,
+        gt=0,
+        description="a bind waits so long for its MIG slices to be made; the rest of its 12 s is for the API server",
+    )
+    order_retry_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        description="a GPU on which an order failed is offered again after this, even if nothing has changed there",
+    )
+    idle_slice_seconds: float = Field(
+        default=600.0,
+        ge=0,
+        description="an idle MIG slice is kept so long for the next pod of its size, then destroyed; "
+        "0: kept until its room is wanted",
+    )
+    mig_modes: bool = Field(
+        default=False,
+        description="switch the MIG mode of idle GPUs that do it without a reset (Hopper and later) where that helps",
     )
     orphan_seconds: float = Field(
         default=20.0,
@@ -114,17 +162,22 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _agree(self) -> "Settings":
-        if self.plain and self.extender_host not in ("127.0.0.1", "::1", "localhost"):
+        if self.plain and not (self.extender_host in LOOPBACK and self.agent_host in LOOPBACK):
             raise ValueError("--plain is for loopback addresses only: give certificates, or bind to 127.0.0.1")
+        if self.unauthenticated_agents and not (self.host in LOOPBACK and self.agent_host in LOOPBACK):
+            raise ValueError(
+                "--unauthenticated-agents is for loopback addresses only: anybody who reaches --host or --agent-host "
+                "could say what is on every node"
+            )
         given = [name for name in ("cert", "key", "client_ca") if getattr(self, name) is not None]
         if given and len(given) < 3:
             raise ValueError(f"--cert, --key and --client-ca belong together; only {', '.join(given)} given")
         if not given and not self.plain and not self.without_kubernetes:
             raise ValueError(
-                "the extender verbs need --cert, --key and --client-ca (see `tangram certs`), "
+                "the extender verbs need --cert, --key and --client-ca (see `tangram certs`), and so do agents, "
                 "or --plain for a kube-scheduler on this very machine"
             )
-        if not given and self.without_kubernetes and self.host not in ("127.0.0.1", "::1", "localhost"):
+        if not given and self.without_kubernetes and self.host not in LOOPBACK:
             raise ValueError("standalone without certificates listens on a loopback address only")
         return self
 
@@ -137,3 +190,8 @@ class Settings(BaseSettings):
     def one_listener(self) -> bool:
         """Standalone without certificates: one plain loopback listener has every route."""
         return self.without_kubernetes and self.cert is None
+
+    @property
+    def agents_are_public(self) -> bool:
+        """Whether the public listener takes agents' reports: only where nobody else than this machine reaches it."""
+        return self.host in LOOPBACK and (self.without_kubernetes or self.unauthenticated_agents)
