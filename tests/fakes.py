@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 from app.errors import Conflict, Gone, NotFound, Refused, Unknown
-from app.kube import Event, Json, Listed
+from app.kube import Event, Json, Listed, Reviewed
 
 Fault = Callable[[str], Awaitable[None] | None]
 
@@ -38,6 +38,7 @@ class FakeKube:
     def __init__(self) -> None:
         self.objects: dict[str, dict[str, Json]] = {"pods": {}, "nodes": {}, "leases": {}}
         self.history: list[tuple[int, str, str, Json]] = []
+        self.tokens: dict[str, Reviewed] = {}
         self.version = 1
         self.oldest = 0
         self.calls: list[str] = []
@@ -72,6 +73,10 @@ class FakeKube:
 
     def annotations(self, name: str, namespace: str = "default") -> dict[str, str]:
         return dict(self.pod(name, namespace)["metadata"].get("annotations") or {})
+
+    def add_token(self, token: str, account: str, *, node: str = "", audience: str = "tangram") -> None:
+        """A service account's (`namespace:name`) token; with `node`, bound to a pod there."""
+        self.tokens[token] = Reviewed(True, f"system:serviceaccount:{account}", (audience,), node)
 
     def forget_history(self) -> None:
         """As after a compaction: watches from before now are too old."""
@@ -166,6 +171,13 @@ class FakeKube:
         async with self._around("replace_lease"):
             self._check(self._existing("leases", f"{namespace}/{name}"), "", lease["metadata"]["resourceVersion"])
             return copy.deepcopy(self._put("leases", f"{namespace}/{name}", lease, "MODIFIED"))
+
+    async def review_token(self, token: str, *, audience: str) -> Reviewed:
+        async with self._around("review_token", 5):
+            known = self.tokens.get(token)
+            if known is None or audience not in known.audiences:
+                return Reviewed(False, error="invalid bearer token")
+            return known
 
     async def close(self) -> None:
         self.calls.append("close")

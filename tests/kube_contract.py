@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import pytest
 
 from app.errors import Conflict, NotFound, Refused
-from app.kube import Event, Kube
+from app.kube import Event, Kube, Reviewed
 
 NOTE = "tangram.gpu/placement"
 
@@ -26,6 +26,10 @@ class Make(Protocol):
 
     def delete_pod(self, name: str) -> None:
         """Delete it at once."""
+        ...
+
+    def token(self, *, audience: str, pod: str = "") -> str:
+        """A token of the service account default/default, bound to that pod if one is named."""
         ...
 
 
@@ -141,6 +145,25 @@ async def one_of_two_takes_a_lease(kube: Kube, make: Make) -> None:
     assert (await kube.get_lease("default", "contract"))["spec"]["holderIdentity"] == "b"
 
 
+async def a_pods_token_names_its_account_and_its_node(kube: Kube, make: Make) -> None:
+    uid = make.pod("speaker")
+    await kube.bind("default", "speaker", make.node, uid=uid, resource_version="", timeout=5)
+    reviewed = await kube.review_token(make.token(audience="tangram", pod="speaker"), audience="tangram")
+    assert reviewed == Reviewed(True, "system:serviceaccount:default:default", ("tangram",), make.node)
+
+
+async def a_token_that_is_bound_to_no_pod_names_no_node(kube: Kube, make: Make) -> None:
+    reviewed = await kube.review_token(make.token(audience="tangram"), audience="tangram")
+    assert (reviewed.authenticated, reviewed.node) == (True, "")
+
+
+async def what_is_no_token_for_us_is_not_authenticated(kube: Kube, make: Make) -> None:
+    for token in (make.token(audience="somebody-else"), "garbage", "a.b.c"):
+        reviewed = await kube.review_token(token, audience="tangram")
+        assert not reviewed.authenticated
+        assert reviewed.error
+
+
 CHECKS: tuple[Callable[[Kube, Make], Awaitable[None]], ...] = (
     a_patch_returns_the_version_that_a_binding_may_demand,
     a_binding_with_an_old_version_conflicts,
@@ -152,4 +175,7 @@ CHECKS: tuple[Callable[[Kube, Make], Awaitable[None]], ...] = (
     the_pods_of_one_node_can_be_listed,
     a_node_can_be_touched,
     one_of_two_takes_a_lease,
+    a_pods_token_names_its_account_and_its_node,
+    a_token_that_is_bound_to_no_pod_names_no_node,
+    what_is_no_token_for_us_is_not_authenticated,
 )

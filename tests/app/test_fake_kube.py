@@ -19,6 +19,12 @@ class MakeInMemory:
     def delete_pod(self, name: str) -> None:
         self._kube.remove_pod(name)
 
+    def token(self, *, audience: str, pod: str = "") -> str:
+        node = self._kube.pod(pod)["spec"]["nodeName"] if pod else ""
+        token = f"token-{len(self._kube.tokens)}"
+        self._kube.add_token(token, "default:default", node=node, audience=audience)
+        return token
+
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 async def test_the_fake_keeps_the_contract(check):

@@ -280,15 +280,16 @@ class Cluster:
         *,
         namespace: str = "default",
         audiences: Sequence[str] = (),
-        bound_to: KubernetesObject | None = None,
+        pod: str = "",
         seconds: int = 3600,
     ) -> str:
-        """A token for a service account, as a kubelet would fetch it; `bound_to` is a pod's reference."""
+        """A token for a service account, as a kubelet would fetch it; bound to the pod of that name if one is given."""
         spec: dict[str, Any] = {"expirationSeconds": seconds}
         if audiences:
             spec["audiences"] = list(audiences)
-        if bound_to:
-            spec["boundObjectRef"] = bound_to
+        if pod:
+            uid = self.pod(pod, namespace)["metadata"]["uid"]
+            spec["boundObjectRef"] = {"apiVersion": "v1", "kind": "Pod", "name": pod, "uid": uid}
         path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{name}/token"
         return str(self.request("POST", path, {"spec": spec})["status"]["token"])
 

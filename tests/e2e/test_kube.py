@@ -32,6 +32,9 @@ class MakeForReal:
     def delete_pod(self, name: str) -> None:
         self._cluster.delete_pod(name, grace_seconds=0)
 
+    def token(self, *, audience: str, pod: str = "") -> str:
+        return self._cluster.service_account_token("default", audiences=[audience], pod=pod)
+
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 async def test_the_real_api_server_keeps_the_contract(cluster, check):
