@@ -2,11 +2,11 @@
 
 Filter and prioritize are dictionary work on the event loop. Bind talks to the API server:
 
-    assume ─▶ write the placement on the pod ─▶ create the Binding ─▶ confirm
-       │                │                             │
-       │          4xx: forget                   4xx: read the pod; ours? confirm : remove annotation, forget
-       └─ refused: say why          unknown: `settle` reads until the API server tells, and until then the
-                                             devices stay taken
+    assume ─▶ have its slices made ─▶ write the placement on the pod ─▶ create the Binding ─▶ confirm
+       │                │                      │                             │
+       │      not in time: forget        4xx: forget      4xx: read the pod; ours? confirm : remove annotation, forget
+       └─ refused: say why               unknown: `settle` reads until the API server tells, and until then the
+                                                  devices stay taken
 
 Every verb may be called twice, in any order, and for pods that are never heard of again.
 """
@@ -22,6 +22,7 @@ from app.errors import Conflict, KubeError, NotFound, Refused
 from app.kube import Kube
 from app.ledger import Hold, Ledger, Phase
 from app.offers import Offers, legal
+from app.orders import Orders
 from app.schedule import Schedule
 from app.settings import Settings
 from app.translate import (
@@ -35,7 +36,7 @@ from app.translate import (
 )
 from app.truth import Truth
 from app.wire import Args, BindArgs, Filtered, PreemptArgs, Victims
-from solver import Demand, Placement, Refusal
+from solver import Demand, Device, Placement, Refusal
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Extender:
         settings: Settings,
         ledger: Ledger,
         offers: Offers,
+        orders: Orders,
         truth: Truth,
         schedule: Schedule,
         kube: Kube | None,
@@ -74,6 +76,7 @@ class Extender:
         self._settings = settings
         self._ledger = ledger
         self._offers = offers
+        self._orders = orders
         self._truth = truth
         self._schedule = schedule
         self._kube = kube
@@ -279,8 +282,11 @@ class Extender:
             return ""
         try:
             async with asyncio.timeout(self._left(latest)):
+                uuids = await self._orders.made(pod.ref.uid, devices)
+                if isinstance(uuids, Refusal):
+                    return self._not_made(pod, devices, uuids, promised_before=promised_before)
                 try:
-                    version = await self._write(self._kube, pod.ref, devices, latest)
+                    version = await self._write(self._kube, pod.ref, devices, uuids, latest)
                 except Refused as error:
                     # Nothing was written by this call. An earlier one may have a Binding under way, and is settled.
                     if not promised_before:
@@ -291,6 +297,19 @@ class Extender:
                 return await self._create_binding(self._kube, pod.ref, devices.node, version, latest)
         except (KubeError, TimeoutError) as error:
             return f"it is not known whether {pod.ref} was bound: {error}"
+
+    def _not_made(self, pod: Pod, placement: Placement, why: Refusal, *, promised_before: bool) -> str:
+        """Its slices were not made: nothing was written by this call, so the devices are free again.
+
+        An earlier call may have written it; then it is settled.
+        """
+        if not promised_before:
+            self._ledger.forget(pod.ref.uid)
+        self._offers.refresh(now=self._clock())
+        self._orders.refresh([placement.node])
+        self._truth.made_room(placement.node)
+        self._refused(pod, why.reason)
+        return why.reason
 
     async def _find(self, ref: PodRef) -> Pod:
         """The pod of that UID, from the watch or else from the API server. Raises KubeError."""
@@ -325,7 +344,7 @@ class Extender:
         fault = self._offers.fault(hold.node)
         if fault:
             return Refusal(fault, resolvable=False)
-        seen, _ = self._offers.view(hold.node)
+        seen, _ = self._offers.view(hold.node, promised=True)
         others = self._ledger.taken(hold.node, but=[hold.pod.uid])
         refusal = legal(seen)(others, hold.allocation)
         if refusal is not None:
@@ -333,9 +352,11 @@ class Extender:
             return refusal
         return Placement(hold.node, hold.devices, hold.prices)
 
-    async def _write(self, kube: Kube, pod: PodRef, placement: Placement, latest: float) -> str:
+    async def _write(
+        self, kube: Kube, pod: PodRef, placement: Placement, uuids: Mapping[Device, str], latest: float
+    ) -> str:
         """The placement onto the pod; the pod's new version. Raises KubeError."""
-        text = write_placement(pod.uid, placement.node, placement.devices)
+        text = write_placement(pod.uid, placement.node, placement.devices, uuids)
         return await kube.annotate_pod(
             pod.namespace, pod.name, {PLACEMENT_ANNOTATION: text}, uid=pod.uid, timeout=self._left(latest)
         )

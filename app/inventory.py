@@ -4,13 +4,13 @@ Turns reports into the solver's `Node`; the geometry is the report's, never a ta
 except what agents saw of them (which pod has a process on which device).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from sys import intern
 
 from app.quantities import version_in
-from app.report import Gpu, Instance, Link, NodeReport, Unchanged
+from app.report import Gpu, Instance, Link, NodeReport, Process, Unchanged
 from app.translate import profile_as_asked
 from solver import Device, Geometry, Node, Profile, Slice
 from solver import Gpu as SolverGpu
@@ -29,6 +29,19 @@ class Entry:
     users: dict[Device, frozenset[str]]
     heard: float
     lasting: bool = False
+    uuids: dict[Device, str] = field(default_factory=dict)
+    """MIG devices by place, of the instances that could be handed to a container now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ownership:
+    """What the Node object says of its MIG: somebody else cuts the boards (`owner`), or is at it (`changing`)."""
+
+    owner: str = ""
+    changing: str = ""
+
+
+NOBODY_ELSE = Ownership()
 
 
 class Inventory:
@@ -38,6 +51,7 @@ class Inventory:
         self._stale_seconds = stale_seconds
         self._entries: dict[str, Entry] = {}
         self._homes: dict[str, set[str]] = {}
+        self._ownership: dict[str, Ownership] = {}
         self.geometries: set[Geometry] = set()
         """How boards in MIG mode can be cut, of every report so far: of MOST_GEOMETRIES about."""
 
@@ -58,8 +72,8 @@ class Inventory:
         if before is not None and same_agent and report.version < before.report.version:
             return False
         self.drop(report.node)
-        self._entries[report.node] = Entry(report, node_of(report), users_of(report), now, lasting)
-        node = self._entries[report.node].node
+        node = self._node_of(report)
+        self._entries[report.node] = Entry(report, node, users_of(report), now, lasting, uuids_of(report))
         if len(self.geometries) < MOST_GEOMETRIES:
             self.geometries.update([gpu.geometry for gpu in node.gpus if gpu.geometry is not None])
         for gpu in report.gpus:
@@ -73,6 +87,37 @@ class Inventory:
             return False
         entry.heard = now
         return True
+
+    def owned(self, name: str, ownership: Ownership) -> bool:
+        """The Node object says this of the node's MIG; whether that is new."""
+        if self._ownership.get(name, NOBODY_ELSE) == ownership:
+            return False
+        self._ownership[name] = ownership
+        if ownership == NOBODY_ELSE:
+            del self._ownership[name]
+        entry = self._entries.get(name)
+        if entry is not None:
+            entry.node = self._node_of(entry.report)
+        return True
+
+    def slices_are_made(self, name: str) -> bool:
+        """Whether the node's agent makes and removes slices when we tell it to."""
+        entry = self._entries.get(name)
+        return entry is not None and entry.report.makes_slices is True and not self._owner(name)
+
+    def why_no_slices(self, name: str) -> str:
+        """Why only slices that exist can be had there, in words; empty where they can be made."""
+        entry = self._entries.get(name)
+        if entry is None or entry.report.makes_slices is not False:
+            return self._owner(name)
+        return self._owner(name) or entry.report.makes_none or "its agent does not make slices"
+
+    def _owner(self, name: str) -> str:
+        return self._ownership.get(name, NOBODY_ELSE).owner
+
+    def _node_of(self, report: NodeReport) -> Node:
+        as_it_is = report.makes_slices is False or bool(self._owner(report.node))
+        return node_of(report, as_it_is=as_it_is)
 
     def drop(self, name: str) -> None:
         """Forget a node that is gone."""
@@ -102,7 +147,7 @@ class Inventory:
             return f"its agent is silent: not heard for {silent:.0f} s"
         if entry.report.error:
             return f"its agent cannot read NVML: {entry.report.error}"
-        return ""
+        return self._ownership.get(name, NOBODY_ELSE).changing
 
 
 def profiles_in(report: NodeReport) -> frozenset[str]:
@@ -112,15 +157,16 @@ def profiles_in(report: NodeReport) -> frozenset[str]:
     )
 
 
-def node_of(report: NodeReport) -> Node:
+def node_of(report: NodeReport, *, as_it_is: bool = False) -> Node:
     """The solver's view of a report: GPUs in index order, geometry where MIG is on, link bandwidths, versions.
 
-    A version that is missing or unreadable is unknown, and less than any that can be asked for.
+    A version that is missing or unreadable is unknown, and less than any that can be asked for. `as_it_is`: nobody
+    makes or removes slices there, so boards can be cut at the places only where instances are.
     """
     gpus = tuple(sorted(report.gpus, key=lambda gpu: gpu.index))
     return Node(
         report.node,
-        tuple(_gpu(gpu) for gpu in gpus),
+        tuple(_gpu(gpu, as_it_is=as_it_is) for gpu in gpus),
         _links([gpu.uuid for gpu in gpus], report.links),
         driver=version_in(report.driver),
         cuda=version_in(report.cuda),
@@ -128,18 +174,44 @@ def node_of(report: NodeReport) -> Node:
 
 
 def users_of(report: NodeReport) -> dict[Device, frozenset[str]]:
-    """Which pods (UIDs) have processes on which device."""
+    """Who has processes on which device: pods by UID, and where pods can be seen also what belongs to none
+    (`PROCESS`, then its PID)."""
     users: dict[Device, frozenset[str]] = {}
     for gpu in report.gpus:
-        if gpu.pods:
-            users[Device(gpu.uuid)] = frozenset(gpu.pods)
+        _note(users, Device(gpu.uuid), gpu.pods, gpu.processes, report.sees_pods)
         for instance in _instances(gpu):
-            if instance.pods:
-                users[Device(gpu.uuid, _slice(instance))] = frozenset(instance.pods)
+            _note(users, Device(gpu.uuid, _slice(instance)), instance.pods, instance.processes, report.sees_pods)
     return users
 
 
-def _gpu(gpu: Gpu) -> SolverGpu:
+PROCESS = "process "
+
+
+def _note(
+    users: dict[Device, frozenset[str]],
+    device: Device,
+    pods: Iterable[str],
+    processes: Iterable[Process],
+    sees_pods: bool,
+) -> None:
+    """Graphics processes (a display server) do not keep a GPU from being used."""
+    strays = {f"{PROCESS}{each.pid}" for each in processes if sees_pods and not each.pod and each.kind != "graphics"}
+    found = frozenset({*pods, *strays})
+    if found:
+        users[device] = found
+
+
+def uuids_of(report: NodeReport) -> dict[Device, str]:
+    """The MIG devices that exist, by place: GPU instances that hold a compute instance."""
+    return {
+        Device(gpu.uuid, _slice(instance)): instance.uuid
+        for gpu in report.gpus
+        for instance in _instances(gpu)
+        if instance.uuid
+    }
+
+
+def _gpu(gpu: Gpu, *, as_it_is: bool) -> SolverGpu:
     withheld = f"unhealthy: {gpu.health_reason or 'no reason given'}" if gpu.health == "bad" else ""
     hidden = sum(1 for instance in (gpu.mig.instances if gpu.mig else ()) if instance.start is None)
     if hidden:
@@ -147,6 +219,8 @@ def _gpu(gpu: Gpu) -> SolverGpu:
     if gpu.mig is not None and gpu.mig.pending not in (None, gpu.mig.enabled):
         withheld = "MIG mode is about to change with the next reset"
     geometry = _geometry(gpu)
+    if geometry is not None and as_it_is:
+        geometry = _only_there(geometry, [_slice(instance) for instance in _instances(gpu) if instance.uuid])
     if geometry is not None and not _is_reckonable(geometry):
         starts = sum(len(profile.starts) for profile in geometry.profiles)
         withheld = (
@@ -213,6 +287,16 @@ def _geometry(gpu: Gpu) -> Geometry | None:
             engines=tuple(sorted(totals.items())),
         )
     )
+
+
+def _only_there(geometry: Geometry, slices: Iterable[Slice]) -> Geometry:
+    """The same board when it can be cut nowhere else than it is."""
+    there = set(slices)
+    profiles = tuple(
+        replace(profile, starts=tuple(start for start in profile.starts if Slice(profile.name, start) in there))
+        for profile in geometry.profiles
+    )
+    return _known(replace(geometry, profiles=tuple(profile for profile in profiles if profile.starts)))
 
 
 @lru_cache(maxsize=1024)

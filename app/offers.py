@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from app.hosts import Hosts
-from app.inventory import Entry, Inventory
+from app.inventory import PROCESS, Entry, Inventory
 from app.ledger import Hold, Ledger, Legal
 from app.translate import EVERY_PROFILE
 from solver import Demand, Device, Gpu, Node, Placement, Policy, Ranking, Refusal, price, quote
@@ -44,6 +44,9 @@ class Offers:
         self._ranking = Ranking(policy)
         self._barred: dict[str, str] = {}
         self._faults: dict[str, str] = {}
+        self._kept_back: dict[str, dict[str, str]] = {}
+        self._going: dict[str, frozenset[Device]] = {}
+        self._looked_at: set[str] = set()
         self._dirty: set[str] = set()
         self.blind_until = float("-inf")
         """Until then a node whose agent does not see pods is kept back: pods that were force-deleted while
@@ -68,6 +71,21 @@ class Offers:
         """Offer the node again as its report allows."""
         if self._barred.pop(name, None) is not None:
             self._dirty.add(name)
+
+    def keep_back(self, name: str, gpus: dict[str, str], going: frozenset[Device]) -> None:
+        """Of this node do not offer these GPUs (UUID, why), nor these idle slices, which are to be removed."""
+        before = self._kept_back.get(name, {}), self._going.get(name, frozenset())
+        if before == (gpus, going):
+            return
+        self._kept_back[name], self._going[name] = gpus, going
+        if not gpus and not going:
+            del self._kept_back[name], self._going[name]
+        self._dirty.add(name)
+
+    def drain_looked_at(self) -> set[str]:
+        """Nodes whose report, holds or standing changed since the last call, for `orders`."""
+        looked_at, self._looked_at = self._looked_at, set()
+        return looked_at
 
     def keep_back_the_blind(self, *, until: float) -> None:
         """We have just begun to watch: nodes whose agents do not see pods wait for this long."""
@@ -105,6 +123,7 @@ class Offers:
     def _update(self, name: str, *, now: float) -> None:
         self.updated += 1
         self._news.add(name)
+        self._looked_at.add(name)
         fault = self._fault(name, now=now)
         if fault:
             self._faults[name] = fault
@@ -235,17 +254,21 @@ class Offers:
 
     # -- one node, as the solver may see it -----------------------------------------------------------
 
-    def view(self, name: str, *, but: Sequence[str] = ()) -> View:
+    def view(self, name: str, *, but: Sequence[str] = (), promised: bool = False) -> View:
         """The node with everything kept back that could belong to somebody, and what is firmly taken.
 
-        `but` leaves out these pods (UIDs), as if they were gone.
+        `but` leaves out these pods (UIDs), as if they were gone. `promised`: as for one who has been promised devices
+        there, for whom it does not matter that orders keep a GPU back from newcomers.
         """
         entry = self._inventory.get(name)
         assert entry is not None
         holds = self._ledger.firmly(name, but=but)
         taken: list[Taken] = [hold.allocation for hold in holds]
         kept_back, seen = _strangers(entry, holds, but)
+        if not promised:
+            kept_back.update(self._kept_back.get(name, {}))
         taken += seen
+        taken += self._going.get(name, ())
         for hold in holds:
             if hold.unknown:
                 gpus, slices = could_be(hold, entry.node, devices_of(taken))
@@ -279,10 +302,16 @@ def _strangers(entry: Entry, holds: Sequence[Hold], but: Sequence[str]) -> tuple
         if not strangers:
             continue
         if device.slice is None:
-            kept_back[device.gpu] = f"has processes of pod {min(strangers)}, which was not placed there"
+            kept_back[device.gpu] = _words_on(min(strangers))
         elif not holders:
             seen.append(device)
     return kept_back, seen
+
+
+def _words_on(user: str) -> str:
+    if user.startswith(PROCESS):
+        return f"has a process of no pod ({user})"
+    return f"has processes of pod {user}, which was not placed there"
 
 
 def _is_on(hold: Hold, device: Device) -> bool:
@@ -364,8 +393,7 @@ def _together_on(gpu: Gpu, device: Device, together: Sequence[Device]) -> Refusa
         slices = [each.slice for each in together]
         if any(each is None for each in slices) or len(set(slices)) < len(slices):
             return Refusal(f"{device} is taken")
-        idle = [each for each in gpu.instances if each not in slices]
-        wrong = faults(gpu.geometry, [each for each in (*slices, *idle) if each is not None])
+        wrong = faults(gpu.geometry, [each for each in slices if each is not None])
         return Refusal(f"{device}: {wrong[0]}") if wrong else None
     if len(together) == 1:
         return None

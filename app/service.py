@@ -2,33 +2,45 @@
 
 watch pods, watch nodes ─▶ truth ─▶ ledger          lease: one holder serves
 chores: twice a second settle what left, look for stale nodes, settle orphans, wake refused pods
+orders: what agents shall change of their MIG slices and modes; reports say what has come of it
 planner: what is pending ─▶ a process of its own ─▶ schedule ─▶ prioritize
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+import secrets
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 
 from app.errors import BadInput, KubeError
 from app.extender import Extender
 from app.hosts import Amount, Hosts
-from app.inventory import Inventory, profiles_in
+from app.inventory import Inventory, Ownership, profiles_in
 from app.kube import Event, Kube, Listed
 from app.lease import Lease
 from app.ledger import Ledger
 from app.manifests import managed_resource_names
 from app.metrics import Metrics
+from app.modes import Modes
 from app.offers import Offers
+from app.orders import Orders
 from app.planner import Planner
 from app.report import NodeReport, Unchanged
 from app.schedule import Schedule
 from app.settings import Settings
-from app.translate import WAKE_ANNOTATION, Json, allocatable_of, resource_of_profile
+from app.translate import (
+    PLACEMENT_ANNOTATION,
+    WAKE_ANNOTATION,
+    Json,
+    allocatable_of,
+    mig_owner_of,
+    resource_of_profile,
+    write_placement,
+)
 from app.truth import Truth, readable
 from app.views import Views
 from app.watch import Watch
-from solver import DEFAULT_POLICY
+from solver import DEFAULT_POLICY, Device
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +48,7 @@ CHORES_SECONDS = 0.5
 GONE_AFTER_STALE = 4.0  # times `stale_seconds`: then a node that the API server does not have is forgotten
 UNKNOWN_WAITERS_SECONDS = 60.0  # after a rebuild: by then the agents have reported and the pods were looked at anew
 LOOK_SECONDS = 0.05
+RENAME_SECONDS = 5.0
 SHOWN = 5
 
 
@@ -46,11 +59,27 @@ class Service:
         self.settings = settings
         self.clock = clock
         self.kube = kube
+        self.id = secrets.token_hex(8)
+        """This very process, for agents: they carry out no order of another."""
         self.ledger = Ledger()
         self.inventory = Inventory(stale_seconds=settings.stale_seconds)
         self.hosts = Hosts()
         self.offers = Offers(self.inventory, self.ledger, self.hosts, policy=DEFAULT_POLICY)
         self.truth = Truth(self.ledger, self.inventory, self.hosts, clock=clock)
+        self.orders = Orders(
+            self.ledger,
+            self.inventory,
+            self.offers,
+            service=self.id,
+            ready=lambda: not self.waiting_for(),
+            beat=self.beat,
+            clock=clock,
+            slice_seconds=settings.slice_seconds,
+            idle_seconds=settings.idle_slice_seconds,
+            retry_seconds=settings.order_retry_seconds,
+            stale_seconds=settings.stale_seconds,
+        )
+        self.modes = Modes(self.ledger, self.inventory, self.offers, self.orders, self.truth, clock=clock)
         self.views = Views(self.ledger, self.inventory, self.offers, self.truth, clock=clock)
         self.metrics = Metrics(self._gauges)
         self.schedule = Schedule()
@@ -74,6 +103,7 @@ class Service:
             settings=settings,
             ledger=self.ledger,
             offers=self.offers,
+            orders=self.orders,
             truth=self.truth,
             schedule=self.schedule,
             kube=kube,
@@ -95,7 +125,7 @@ class Service:
         """Start every background task; readiness follows by itself."""
         loops = [self._do_chores()]
         if self.kube is not None and self.lease is not None:
-            loops += [self.lease.run(), self._rebuild(), self._wake(self.kube)]
+            loops += [self.lease.run(), self._rebuild(), self._wake(self.kube), self._name_slices(self.kube)]
         if self.planner is not None:
             loops.append(self.planner.run())
         self._tasks = [asyncio.create_task(loop) for loop in loops]
@@ -223,7 +253,15 @@ class Service:
         self.truth.learn(report.node)
         self.truth.settle()
         self.truth.made_room(report.node)
+        self.orders.reported(report)
+        self._order()
         return True
+
+    def _order(self) -> None:
+        """Make the order lists of changed nodes anew; what changed before we were ready is kept until then."""
+        if not self.waiting_for():
+            self.offers.refresh(now=self.clock())
+            self.orders.refresh(self.offers.drain_looked_at())
 
     def _sharing(self, name: str) -> set[str]:
         """The nodes that report some GPU of this node as theirs (after a renaming, say)."""
@@ -280,6 +318,10 @@ class Service:
             self.offers.unbar(name)
 
     def _node_gives(self, node: Json) -> None:
+        name = node["metadata"]["name"]
+        if self.inventory.owned(name, Ownership(*mig_owner_of(node))):
+            self.offers.touch(name)
+            self.truth.made_room(name)
         given = allocatable_of(node)
         self.hosts.node_gives(node["metadata"]["name"], None if given is None else Amount(*given))
 
@@ -294,6 +336,10 @@ class Service:
                 self.truth.made_room(name)
             self.offers.refresh(now=now)
             if not self.waiting_for():
+                self._order()
+                self.orders.sweep()
+                if self.settings.mig_modes:
+                    self.modes.sweep()
                 self.extender.settle_orphans()
                 self._forget_gone_nodes(now)
             await asyncio.sleep(CHORES_SECONDS)
@@ -307,6 +353,7 @@ class Service:
                 shared = self._sharing(name)
                 self.inventory.drop(name)
                 self.offers.forget(name)
+                self.orders.forget(name)
                 for other in shared - {name}:
                     self.offers.touch(other)
 
@@ -331,6 +378,26 @@ class Service:
             except KubeError as error:
                 log.warning("cannot touch node %s to wake refused pods: %s", nodes[0], error)
                 room.update(nodes)
+
+    async def _name_slices(self, kube: Kube) -> None:
+        """Write the UUIDs of slices that were made again (after a reboot, say) to the pods that hold them."""
+        while True:
+            await asyncio.sleep(self.settings.wake_seconds)
+            if self.waiting_for():
+                continue
+            for ref, placement in self.truth.misnamed():
+                text = write_placement(ref.uid, placement.node, placement.devices, self._uuids_on(placement.node))
+                try:
+                    await kube.annotate_pod(
+                        ref.namespace, ref.name, {PLACEMENT_ANNOTATION: text}, uid=ref.uid, timeout=RENAME_SECONDS
+                    )
+                    log.info("%s has new MIG devices: %s", ref, text)
+                except KubeError as error:
+                    log.warning("cannot write the new MIG devices of %s: %s", ref, error)
+
+    def _uuids_on(self, name: str) -> Mapping[Device, str]:
+        entry = self.inventory.get(name)
+        return entry.uuids if entry is not None else {}
 
     def _others_may_wait(self) -> bool:
         """Whether pods may wait that were refused before our time, and that we therefore do not know."""
@@ -369,6 +436,8 @@ class Service:
         if self.planner is not None:
             yield "tangram_planner_starts", "Times the planning process was started", {"total": self.planner.starts}
             yield "tangram_value_tables", "Geometries with a value table", {"now": len(self.planner.tables)}
+        yield "tangram_orders", "What agents are told to change and have not yet", self.orders.counts()
+        yield "tangram_orders_failed", "Orders that agents could not carry out", {"total": self.orders.failed_count}
         yield "tangram_ready", "1 when ready", {"now": float(not self.waiting_for())}
         yield (
             "tangram_rows_updated",

@@ -49,6 +49,8 @@ LARGEST_COUNT = 2**31  # of devices, MiB or thousandths of a CPU; more is a mist
 
 Json = Mapping[str, Any]
 
+NO_UUIDS: Mapping[Device, str] = {}
+
 NOTHING = Demand()
 EVERYTHING = Demand(MOST_DEVICES, ((EVERY_PROFILE, MOST_DEVICES),))
 """The need of a bound pod whose resources cannot be read: its whole node is kept back."""
@@ -75,11 +77,15 @@ class PodRef:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A placement as the annotation says it: for which pod UID, on which node, which devices."""
+    """A placement as the annotation says it: for which pod UID, on which node, which devices.
+
+    `uuids` are MIG devices by device in text, sorted.
+    """
 
     uid: str
     node: str
     devices: tuple[Device, ...]
+    uuids: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,11 +354,20 @@ def profile_as_asked(profile: str) -> str:
     return profile.replace("+", ".")
 
 
-def write_placement(uid: str, node: str, devices: Sequence[Device]) -> str:
-    """The annotation's text. It names the pod's UID, so that a copy on another pod proves nothing."""
-    return orjson.dumps(
-        {"v": PLACEMENT_VERSION, "uid": uid, "node": node, "devices": [str(device) for device in devices]}
-    ).decode()
+def write_placement(uid: str, node: str, devices: Sequence[Device], uuids: Mapping[Device, str] = NO_UUIDS) -> str:
+    """The annotation's text. It names the pod's UID, so that a copy on another pod proves nothing.
+
+    `uuids` are the MIG devices of the slices; they change when a slice is made again (after a reboot, say), while the
+    place is what the pod was given.
+    """
+    said: dict[str, Any] = {
+        "v": PLACEMENT_VERSION,
+        "uid": uid,
+        "node": node,
+        "devices": [str(device) for device in devices],
+    }
+    named = {str(device): uuids[device] for device in devices if device in uuids}
+    return orjson.dumps({**said, "uuids": named} if named else said).decode()
 
 
 def read_placement(text: object) -> Written | Malformed | None:
@@ -369,9 +384,16 @@ def read_placement(text: object) -> Written | Malformed | None:
         read = tuple(sorted((device_of(device) for device in devices), key=str))
         if len(set(read)) < len(read):
             return Malformed(f"{PLACEMENT_ANNOTATION} names a device twice")
-        return Written(uid, node, read)
+        return Written(uid, node, read, _uuids_in(value.get("uuids")))
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         return Malformed(f"{PLACEMENT_ANNOTATION} cannot be read: {error}")
+
+
+def _uuids_in(value: object) -> tuple[tuple[str, str], ...]:
+    """UUIDs by device, sorted; what is not one is left out: places count, and UUIDs are written anew where wrong."""
+    if not isinstance(value, dict):
+        return ()
+    return tuple(sorted((device, uuid) for device, uuid in value.items() if isinstance(uuid, str)))
 
 
 def device_of(text: object) -> Device:
@@ -462,6 +484,27 @@ def _read(amounts: Json) -> dict[str, int]:
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
     return found
+
+
+MIG_CONFIG_LABEL = "nvidia.com/mig.config"
+MIG_STATE_LABEL = "nvidia.com/mig.config.state"
+MIG_MANAGER_LABEL = "nvidia.com/gpu.deploy.mig-manager"
+
+
+def mig_owner_of(node: Json) -> tuple[str, str]:
+    """Whether the GPU Operator's MIG manager owns this v1.Node's boards, and whether it is changing them, in words.
+
+    It does where the node is labelled with a configuration, unless the manager is kept off the node; it would undo
+    what others make. While it works its state is "pending" or "rebooting".
+    """
+    metadata = node.get("metadata")
+    labels = metadata.get("labels") if isinstance(metadata, Mapping) else None
+    if not isinstance(labels, Mapping) or not labels.get(MIG_CONFIG_LABEL) or labels.get(MIG_MANAGER_LABEL) == "false":
+        return "", ""
+    state = labels.get(MIG_STATE_LABEL)
+    owner = f"the GPU Operator's MIG manager cuts its boards (label {MIG_CONFIG_LABEL}={labels[MIG_CONFIG_LABEL]})"
+    changing = f"the GPU Operator's MIG manager is changing its boards ({MIG_STATE_LABEL}={state})"
+    return owner, changing if state in ("pending", "rebooting") else ""
 
 
 def allocatable_of(node: Json) -> tuple[int, int] | None:

@@ -75,6 +75,7 @@ class Truth:
         """Names of the schedulers that have asked us about pods."""
         self.unexplained: dict[str, str] = {}
         """UIDs of pods whose placement annotation we cannot explain, with what is wrong with it."""
+        self._reported: set[str] = set()
         self._ending: dict[str, float] = {}
         """When pods that are being deleted were first seen so: the kubelet ends them a grace time later at most."""
         self._gone: dict[str, None] = {}
@@ -320,6 +321,7 @@ class Truth:
 
     def learn(self, name: str) -> None:
         """Look in the node's report for the devices of pods that we did not place."""
+        self._reported.add(name)
         entry = self._inventory.get(name)
         if entry is None:
             return
@@ -331,6 +333,21 @@ class Truth:
             if devices and _meets(devices, hold.demand):
                 self._ledger.explain(hold.pod.uid, devices)
                 self.made_room(name)
+
+    def misnamed(self) -> list[tuple[PodRef, Written]]:
+        """Held pods whose annotation has other UUIDs for their slices than the node's report now shows."""
+        found = []
+        for name in sorted(self._reported):
+            entry = self._inventory.get(name)
+            for hold in self._ledger.on(name) if entry is not None else ():
+                pod = self.pods.get(hold.pod.uid)
+                if entry is None or pod is None or hold.phase is not Phase.HELD or not isinstance(pod.written, Written):
+                    continue
+                now = {str(device): entry.uuids[device] for device in hold.devices if device in entry.uuids}
+                if now and now != dict(pod.written.uuids) and set(pod.written.devices) == set(hold.devices):
+                    found.append((hold.pod, pod.written))
+        self._reported.clear()
+        return found
 
     def made_room(self, node: str) -> None:
         """Something became free on this node that no pod-delete event announces."""

@@ -1,0 +1,419 @@
+"""What each node's agent shall change: MIG slices to make and to remove, MIG modes to switch. Decision 0007.
+
+    ledger + report ──refresh()──▶ OrderList (its version grows when it changes)
+                                     │  listen(): the agent's held request
+                                     ▼
+    bind ── made() waits ◀── report with OrdersDone ◀── agent carries the list out
+
+A list is what is to be different now, computed by comparing; nothing here must survive a restart. While it is not
+certain that an agent will no longer act on an older list, the GPUs concerned are kept back (`Offers.keep_back`).
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from app.inventory import Entry, Inventory
+from app.ledger import Ledger, Phase
+from app.offers import Offers
+from app.report import Failed, Gpu, Listening, Make, NodeReport, OrderList, OrdersReply, SliceAt, Switch, Unchanged
+from app.translate import profile_as_asked
+from solver import Device, Geometry, Placement, Refusal, Slice
+from solver.cluster import devices_of
+from solver.geometry import faults, in_the_way
+
+log = logging.getLogger(__name__)
+
+HELD_PART = 3  # a request is held for this part of `stale_seconds` at most: it is also the agent's sign of life
+
+Facts = tuple[object, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """An order for a GPU failed: in whose words, what the GPU was like then, and when to try again all the same."""
+
+    reason: str
+    facts: Facts
+    until: float
+
+
+@dataclass(slots=True)
+class Desk:
+    """One node's list, and what is not certain about it.
+
+    `doubts`: GPUs with withdrawn orders, `going`: idle slices that are to be removed; both until a list of at least
+    that version is acknowledged. `idle_since`: when each slice was first seen idle.
+    """
+
+    orders: OrderList
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    doubts: dict[str, int] = field(default_factory=dict)
+    going: dict[Device, int] = field(default_factory=dict)
+    idle_since: dict[Device, float] = field(default_factory=dict)
+    troubles: dict[str, Trouble] = field(default_factory=dict)
+    failures: dict[Device, tuple[int, str]] = field(default_factory=dict)
+    switches: dict[str, bool] = field(default_factory=dict)
+    sent_at: float = 0.0
+
+
+class Orders:
+    """The lists of all nodes. `ready` says whether the ledger is the whole truth: before, nothing is ordered."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        inventory: Inventory,
+        offers: Offers,
+        *,
+        service: str,
+        ready: Callable[[], bool],
+        beat: Callable[[Unchanged], bool],
+        clock: Callable[[], float],
+        slice_seconds: float,
+        idle_seconds: float,
+        retry_seconds: float,
+        stale_seconds: float,
+    ) -> None:
+        self._ledger = ledger
+        self._inventory = inventory
+        self._offers = offers
+        self._service = service
+        self._ready = ready
+        self._beat = beat
+        self._clock = clock
+        self._slice_seconds = slice_seconds
+        self._idle_seconds = idle_seconds
+        self._retry_seconds = retry_seconds
+        self._longest_hold = stale_seconds / HELD_PART
+        self._desks: dict[str, Desk] = {}
+        self.made_count = 0
+        self.failed_count = 0
+
+    # -- agents ---------------------------------------------------------------------------------------
+
+    async def listen(self, said: Listening) -> OrdersReply:
+        """Answer as soon as there is a list that the agent does not have, or a report to ask for; else at the end."""
+        latest = self._clock() + min(said.wait_seconds, self._longest_hold)
+        about = Unchanged(node=said.node, boot=said.boot, version=said.version)
+        if not self._beat(about):
+            return OrdersReply(resend=True, service=self._service)
+        while True:
+            desk = self._desks.get(said.node)
+            if desk is not None and self._ready() and self._is_news(desk.orders, said):
+                desk.sent_at = self._clock()
+                return OrdersReply(service=self._service, orders=desk.orders)
+            left = latest - self._clock()
+            if left <= 0:
+                return OrdersReply(service=self._service)
+            desk = desk or self._desk(said.node)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(desk.news.wait(), left)
+
+    def _is_news(self, orders: OrderList, said: Listening) -> bool:
+        return orders.version > 0 and (said.service, said.orders) != (self._service, orders.version)
+
+    def reported(self, report: NodeReport) -> None:
+        """A full report has been taken: what it acknowledges is certain, what failed in it is kept back."""
+        desk = self._desks.get(report.node)
+        if desk is None:
+            return
+        done = report.orders
+        if done is not None and done.service == self._service:
+            desk.doubts = {gpu: version for gpu, version in desk.doubts.items() if version > done.version}
+            desk.going = {device: version for device, version in desk.going.items() if version > done.version}
+            if done.version == desk.orders.version:
+                self._note_failures(desk, report, done.failed)
+        self._wake(desk)
+
+    def _note_failures(self, desk: Desk, report: NodeReport, failed: Iterable[Failed]) -> None:
+        gpus = {gpu.uuid: gpu for gpu in report.gpus}
+        version = desk.orders.version
+        for each in failed:
+            gpu = gpus.get(each.gpu)
+            if gpu is None:
+                continue
+            if each.profile:
+                device = Device(each.gpu, Slice(profile_as_asked(each.profile), each.start))
+                desk.failures[device] = version, each.reason
+                desk.idle_since.pop(device, None)
+                what = f"{each.profile} at {each.start} could not be made or removed"
+            else:
+                desk.switches.pop(each.gpu, None)
+                what = "its MIG mode could not be switched"
+            self.failed_count += 1
+            reason = f"{what}: {each.reason}"
+            desk.troubles[each.gpu] = Trouble(reason, _facts(gpu), self._clock() + self._retry_seconds)
+            log.warning("node %s, GPU %s: %s", report.node, each.gpu, reason)
+
+    def forget(self, name: str) -> None:
+        """The node is no more."""
+        desk = self._desks.pop(name, None)
+        if desk is not None:
+            self._wake(desk)
+
+    # -- binds ----------------------------------------------------------------------------------------
+
+    async def made(self, uid: str, placement: Placement) -> Mapping[Device, str] | Refusal:
+        """Wait until the node's report shows the slices promised to this pod; their UUIDs, or why there are none.
+
+        Nothing is waited for where slices are on paper only (nobody says who makes them).
+        """
+        if all(device.slice is None for device in placement.devices):
+            return {}
+        name = placement.node
+        self.refresh([name])
+        began = self._clock()
+        first_version = self._desks[name].orders.version if name in self._desks else 0
+        while True:
+            entry = self._inventory.get(name)
+            if entry is None:
+                return Refusal(f"{name} is not in the inventory any more")
+            missing = [device for device in placement.devices if device.slice and device not in entry.uuids]
+            if not missing or entry.report.makes_slices is None:
+                return {device: entry.uuids[device] for device in placement.devices if device in entry.uuids}
+            if not self._inventory.slices_are_made(name):
+                return Refusal(f"{missing[0]} does not exist, and {self._inventory.why_no_slices(name)}")
+            hold = self._ledger.get(uid)
+            if hold is None or not hold.firm or hold.devices != placement.devices:
+                return Refusal("the pod has gone, or its promise has ended, while its slices were being made")
+            desk = self._desk(name)
+            for device in missing:
+                version, reason = desk.failures.get(device, (-1, ""))
+                if version >= first_version:
+                    return Refusal(f"{device} could not be made: {reason}")
+            left = began + self._slice_seconds - self._clock()
+            if left <= 0:
+                return Refusal(f"{missing[0]} was not made within {self._slice_seconds:g} s by the agent of {name}")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(desk.news.wait(), left)
+
+    # -- lists ----------------------------------------------------------------------------------------
+
+    def refresh(self, names: Iterable[str]) -> None:
+        """Make the lists of these nodes anew."""
+        if not self._ready():
+            return
+        for name in names:
+            entry = self._inventory.get(name)
+            if entry is not None and (name in self._desks or self._inventory.slices_are_made(name)):
+                self._refresh(name, entry, self._desk(name))
+
+    def sweep(self) -> None:
+        """Look at every list again for what time brings: idle slices, failures to be tried again."""
+        self.refresh(list(self._desks))
+
+    def switch(self, name: str, gpu: str, *, enabled: bool) -> None:
+        """Have the MIG mode of this GPU switched; it is kept back until its report shows it."""
+        self._desk(name).switches[gpu] = enabled
+        self.refresh([name])
+
+    def clear(self, name: str, gpu: str) -> None:
+        """Have the idle slices of this GPU removed now."""
+        desk = self._desk(name)
+        for device in [each for each in desk.idle_since if each.gpu == gpu]:
+            desk.idle_since[device] = float("-inf")
+        self.refresh([name])
+
+    def is_switching(self, name: str) -> bool:
+        """Whether the MIG mode of some GPU of the node is being switched."""
+        desk = self._desks.get(name)
+        return desk is not None and bool(desk.switches)
+
+    def troubled(self, name: str, gpu: str) -> bool:
+        """Whether an order for this GPU has failed lately."""
+        desk = self._desks.get(name)
+        return desk is not None and gpu in desk.troubles
+
+    def _refresh(self, name: str, entry: Entry, desk: Desk) -> None:
+        now = self._clock()
+        self._mend(entry, desk, now)
+        makes: list[Make] = []
+        removes: list[Device] = []
+        if self._inventory.slices_are_made(name) and not entry.report.error:
+            _, taken = self._offers.view(name)
+            on_gpu = _by_gpu(devices_of(taken))
+            for gpu in entry.report.gpus:
+                makes += self._makes(name, entry, gpu, on_gpu.get(gpu.uuid, set()))
+            self._note_withdrawn(entry, desk, makes)
+            for gpu in entry.report.gpus:
+                removes += self._removes(entry, gpu, on_gpu.get(gpu.uuid, set()), desk, now)
+        else:
+            self._note_withdrawn(entry, desk, makes)
+        self._put(entry, desk, makes, removes, now)
+        self._offers.keep_back(name, self._kept_back(desk), frozenset(desk.going))
+
+    def _mend(self, entry: Entry, desk: Desk, now: float) -> None:
+        """Forget troubles that are over, and modes that are as wanted."""
+        gpus = {gpu.uuid: gpu for gpu in entry.report.gpus}
+        for uuid, trouble in list(desk.troubles.items()):
+            gpu = gpus.get(uuid)
+            if gpu is None or _facts(gpu) != trouble.facts or now >= trouble.until:
+                del desk.troubles[uuid]
+        for uuid, enabled in list(desk.switches.items()):
+            gpu = gpus.get(uuid)
+            if (
+                gpu is None
+                or gpu.mig is None
+                or (gpu.mig.enabled, gpu.mig.pending) in ((enabled, enabled), (enabled, None))
+            ):
+                del desk.switches[uuid]
+
+    def _makes(self, name: str, entry: Entry, gpu: Gpu, wanted: set[Slice]) -> Iterator[Make]:
+        """The held slices of this GPU that do not exist, and what is in their way."""
+        geometry = _geometry(entry, gpu)
+        if geometry is None or gpu.health == "bad":
+            return
+        owners = {
+            device.slice: hold.pod.uid
+            for hold in self._ledger.firmly(name)
+            if hold.phase in (Phase.ASSUMED, Phase.HELD)
+            for device in hold.devices
+            if device.gpu == gpu.uuid and device.slice is not None
+        }
+        missing = [each for each in sorted(owners) if Device(gpu.uuid, each) not in entry.uuids]
+        if not missing or faults(geometry, wanted):
+            return
+        names = {profile_as_asked(profile.name): profile.name for profile in gpu.mig.profiles} if gpu.mig else {}
+        way = in_the_way(geometry, wanted, _idle(entry, gpu, wanted))
+        for number, each in enumerate(missing):
+            yield Make(
+                gpu=gpu.uuid,
+                profile=names[each.profile],
+                start=each.start,
+                group=owners[each],
+                remove=tuple(_at(gpu, names, piece) for piece in way) if number == 0 else (),
+            )
+
+    def _removes(self, entry: Entry, gpu: Gpu, wanted: set[Slice], desk: Desk, now: float) -> Iterator[Device]:
+        """The slices of this GPU that have been idle for too long, and those that are going already.
+
+        `wanted` has the going ones too, since nobody may be given them.
+        """
+        going = {each.slice for each in desk.going if each.gpu == gpu.uuid}
+        held = {
+            device.slice
+            for hold in self._ledger.firmly(entry.node.name)
+            for device in hold.devices
+            if device.gpu == gpu.uuid
+        }
+        idle = {Device(gpu.uuid, each) for each in _idle(entry, gpu, wanted)}
+        for device in [each for each in desk.idle_since if each.gpu == gpu.uuid and each not in idle]:
+            del desk.idle_since[device]
+        for device in idle:
+            since = desk.idle_since.setdefault(device, now)
+            too_long = now >= since + self._idle_seconds if self._idle_seconds else since == float("-inf")
+            if too_long and not desk.troubles.get(gpu.uuid):
+                yield device
+        yield from [Device(gpu.uuid, each) for each in going - held]
+
+    def _note_withdrawn(self, entry: Entry, desk: Desk, makes: Iterable[Make]) -> None:
+        """What is no longer to be made, and is not there, may be made all the same until the agent has a newer list."""
+        still = {_device(make) for make in makes}
+        for make in desk.orders.make:
+            device = _device(make)
+            if device not in still and device not in entry.uuids:
+                desk.doubts[make.gpu] = desk.orders.version + 1
+                desk.going[device] = desk.orders.version + 1
+                desk.failures.pop(device, None)
+        for switch in desk.orders.switch:
+            if switch.gpu not in desk.switches:
+                desk.doubts[switch.gpu] = desk.orders.version + 1
+
+    def _put(self, entry: Entry, desk: Desk, makes: list[Make], removes: list[Device], now: float) -> None:
+        """Replace the list where it is another, or where what is wanted for long has not come."""
+        before = desk.orders
+        names = {
+            (gpu.uuid, profile_as_asked(profile.name)): profile.name
+            for gpu in entry.report.gpus
+            if gpu.mig is not None
+            for profile in gpu.mig.profiles
+        }
+        remove = tuple(
+            SliceAt(gpu=each.gpu, profile=names[each.gpu, each.slice.profile], start=each.slice.start)
+            for each in sorted(set(removes))
+            if each.slice is not None and (each.gpu, each.slice.profile) in names
+        )
+        switch = tuple(Switch(gpu=gpu, enabled=enabled) for gpu, enabled in sorted(desk.switches.items()))
+        make = tuple(makes)
+        wanted = bool(make or remove or switch)
+        again = wanted and desk.sent_at and now >= desk.sent_at + self._retry_seconds
+        if (make, remove, switch) == (before.make, before.remove, before.switch) and not again:
+            return
+        version = before.version + 1
+        desk.orders = OrderList(service=self._service, version=version, make=make, remove=remove, switch=switch)
+        desk.sent_at = 0.0
+        for each in removes:
+            desk.going.setdefault(each, version)
+        for device in [device for device, (failed_in, _) in desk.failures.items() if failed_in < before.version]:
+            del desk.failures[device]
+        self._wake(desk)
+
+    @staticmethod
+    def _kept_back(desk: Desk) -> dict[str, str]:
+        kept = dict.fromkeys(desk.doubts, "its agent has not yet confirmed that an order for a MIG slice was withdrawn")
+        kept |= {gpu: trouble.reason for gpu, trouble in desk.troubles.items()}
+        return kept | dict.fromkeys(desk.switches, "its MIG mode is being switched")
+
+    def _desk(self, name: str) -> Desk:
+        if name not in self._desks:
+            self._desks[name] = Desk(OrderList(service=self._service, version=0))
+        return self._desks[name]
+
+    @staticmethod
+    def _wake(desk: Desk) -> None:
+        """Everybody who waits for news of this node looks again."""
+        desk.news.set()
+        desk.news = asyncio.Event()
+
+    # -- for the read side ----------------------------------------------------------------------------
+
+    def list_of(self, name: str) -> OrderList | None:
+        """What this node's agent is told now; None where it has never been told anything."""
+        desk = self._desks.get(name)
+        return desk.orders if desk is not None and desk.orders.version else None
+
+    def counts(self) -> dict[str, float]:
+        """How many slices are to be made and removed, and how many GPUs switched, on all nodes."""
+        lists = [desk.orders for desk in self._desks.values()]
+        return {
+            "make": float(sum(len(each.make) for each in lists)),
+            "remove": float(sum(len(each.remove) for each in lists)),
+            "switch": float(sum(len(each.switch) for each in lists)),
+        }
+
+
+def _by_gpu(devices: Iterable[Device]) -> dict[str, set[Slice]]:
+    found: dict[str, set[Slice]] = {}
+    for device in devices:
+        if device.slice is not None:
+            found.setdefault(device.gpu, set()).add(device.slice)
+    return found
+
+
+def _geometry(entry: Entry, gpu: Gpu) -> Geometry | None:
+    return next((each.geometry for each in entry.node.gpus if each.uuid == gpu.uuid), None)
+
+
+def _idle(entry: Entry, gpu: Gpu, wanted: set[Slice]) -> list[Slice]:
+    """The instances of this GPU, with a MIG device or without, that nobody holds."""
+    there = next((each.instances for each in entry.node.gpus if each.uuid == gpu.uuid), ())
+    return [each for each in there if each not in wanted]
+
+
+def _at(gpu: Gpu, names: Mapping[str, str], piece: Slice) -> SliceAt:
+    return SliceAt(gpu=gpu.uuid, profile=names[piece.profile], start=piece.start)
+
+
+def _device(at: SliceAt) -> Device:
+    return Device(at.gpu, Slice(profile_as_asked(at.profile), at.start))
+
+
+def _facts(gpu: Gpu) -> Facts:
+    """What must have changed before a GPU whose order failed is offered again."""
+    if gpu.mig is None:
+        return (gpu.health,)
+    instances = tuple((each.profile, each.start, each.uuid, each.pods, each.processes) for each in gpu.mig.instances)
+    return gpu.health, gpu.mig.enabled, gpu.mig.pending, instances
