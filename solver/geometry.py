@@ -91,6 +91,10 @@ class Geometry:
         return Geometry, (self.width, self.compute_slices, self.profiles, self.engines)
 
 
+Uses = tuple[int, ...]
+"""So much of each capacity that can run out, in the order of `Grid.capacities`."""
+
+
 class Block(NamedTuple):
     """What a slice takes from a board: units from `start`, and its share of each capacity that can run out.
 
@@ -293,6 +297,60 @@ def faults(geometry: Geometry, slices: Iterable[Slice]) -> list[str]:
         if name in limits and use > limits[name]:
             wrong.append(f"{use} {name} used, the board has {limits[name]}")
     return wrong
+
+
+def in_the_way(geometry: Geometry, wanted: Iterable[Slice], idle: Iterable[Slice]) -> tuple[Slice, ...]:
+    """The idle instances that must go so that `wanted` (all that is held or is to be made) can stand with the others.
+
+    `idle` stand on the board now, so together they are legal; those that are wanted themselves stay. First go those
+    that cannot stand beside the wanted ones, then the fewest because of which something runs out. None goes
+    needlessly. A slice that this board does not have is left out of account.
+    """
+    blocks = grid(geometry).blocks
+    wanted = frozenset(wanted)
+    busy, left = _room(geometry, [blocks[slice_] for slice_ in wanted if slice_ in blocks])
+    others = tuple(sorted(slice_ for slice_ in set(idle) - wanted if slice_ in blocks))
+    able = _able_to_stay(geometry, busy, left, others)
+    surplus = _surplus(geometry, left, able)
+    return tuple(slice_ for slice_ in others if slice_ not in able or slice_ in surplus)
+
+
+def _room(geometry: Geometry, blocks: Iterable[Block]) -> tuple[int, tuple[int, ...]]:
+    """The units that these blocks cover, and what they leave of what can run out."""
+    busy = 0
+    left = list(grid(geometry).totals)
+    for block in blocks:
+        busy |= block.mask
+        left = [most - use for most, use in zip(left, block.uses, strict=True)]
+    return busy, tuple(left)
+
+
+def _able_to_stay(geometry: Geometry, busy: int, left: Uses, idle: Iterable[Slice]) -> tuple[Slice, ...]:
+    """Those that could stand, each alone, beside what covers and leaves so much."""
+    blocks = grid(geometry).blocks
+    return tuple(slice_ for slice_ in idle if not blocks[slice_].mask & busy and _suffices(left, blocks[slice_].uses))
+
+
+def _suffices(left: Uses, uses: Uses) -> bool:
+    return all(not use or use <= most for use, most in zip(uses, left, strict=True))
+
+
+@lru_cache(maxsize=65536)
+def _surplus(geometry: Geometry, left: Uses, idle: tuple[Slice, ...]) -> tuple[Slice, ...]:
+    """The fewest of these that must go so that what can run out suffices for the others; of equally few those
+    that use the most.
+
+    A walk along them keeps, for each use that some of them add up to, the most that could stay at it.
+    """
+    blocks = grid(geometry).blocks
+    staying: dict[Uses, tuple[Slice, ...]] = {(0,) * len(left): ()}
+    for slice_ in idle:
+        for used, stay in list(staying.items()):
+            more = tuple(a + b for a, b in zip(used, blocks[slice_].uses, strict=True))
+            if _suffices(left, more) and len(stay) >= len(staying.get(more, ())):
+                staying[more] = (*stay, slice_)
+    used = min(staying, key=lambda each: (-len(staying[each]), sum(each), staying[each]))
+    return tuple(slice_ for slice_ in idle if slice_ not in staying[used])
 
 
 def placed_states(geometry: Geometry, profiles: Iterable[str] | None = None) -> Iterator[frozenset[Slice]]:
