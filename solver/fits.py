@@ -124,11 +124,11 @@ def a_place_on_the_host(demand: Demand, room: Room, taken: Sequence[Allocation])
 
 
 def a_legal_start(demand: Demand, room: Room, taken: Sequence[Allocation]) -> str | None:
-    """Each profile has a start on some GPU now; otherwise say what is in the way on each GPU."""
+    """Each profile has a start on some GPU now; otherwise say which held slices are in the way on each GPU."""
     for profile, _ in demand.slices:
         if any(slice_steps(state, demand.slice_need(profile)) for _, state in room.cuts):
             continue
-        if any(state.starts(profile) or state.idle_starts(profile) for _, state in room.cuts):
+        if any(state.starts(profile) for _, state in room.cuts):
             who = "not beside the tenants that hold slices here" if demand.terms.guest.isolation else "on such terms"
             return f"no legal start for {profile} {who}"
         held = {device for device in devices_of(taken) if device.slice is not None}
@@ -179,7 +179,7 @@ def refusal_in(room: Room, taken: Iterable[Taken], demand: Demand) -> Refusal | 
 
 
 def _would_fit_empty(room: Room, demand: Demand) -> bool:
-    """Whether the demand would fit if nothing were held. What exists on the boards stays, idle."""
+    """Whether the demand would fit if nothing were held. What exists on the boards is idle then."""
     return cheapest_on(read(room.node).state, demand, DEFAULT_POLICY) is not None
 
 
@@ -230,25 +230,26 @@ def _withheld(room: Room, *, mig: bool) -> str:
 
 
 def _in_the_way(gpu: Gpu, name: str, held: set[Device]) -> str:
-    """What keeps a profile off this GPU, at the start where the least is in the way; empty if not offered."""
+    """What keeps a profile off this GPU, at the start where the least is in the way; empty if not offered.
+
+    Held slices only: idle instances go where a slice is made.
+    """
     assert gpu.geometry is not None
     profiles = {profile.name: profile for profile in gpu.geometry.profiles}
     profile = profiles.get(name)
     if profile is None:
         return ""
-    there = {device.slice: True for device in held if device.gpu == gpu.uuid and device.slice is not None}
-    there |= {instance: False for instance in gpu.instances if instance not in there}
+    there = sorted(device.slice for device in held if device.gpu == gpu.uuid and device.slice is not None)
     choices = [
-        [slice_ for slice_ in sorted(there) if _overlaps(profile, start, slice_, profiles[slice_.profile])]
+        [slice_ for slice_ in there if _overlaps(profile, start, slice_, profiles[slice_.profile])]
         for start in profile.starts
     ]
     blocking = min(choices, key=lambda slices: (len(slices), slices), default=[])
     if not blocking:
-        holders = [slice_ for slice_ in sorted(there) if _fits_without(gpu, there, slice_, name)]
+        holders = [slice_ for slice_ in there if _fits_without(gpu, there, slice_, name)]
         by = f" by {', '.join(map(str, holders))}" if holders else ""
         return f"GPU {gpu.index}: media engines or compute slices are used up{by}"
-    named = [f"{slice_}{'' if there[slice_] else ' (idle)'}" for slice_ in blocking]
-    return f"GPU {gpu.index}: {', '.join(named)} in the way"
+    return f"GPU {gpu.index}: {', '.join(map(str, blocking))} in the way"
 
 
 def _overlaps(profile: Profile, start: int, slice_: Slice, other: Profile) -> bool:

@@ -11,7 +11,7 @@ No prices here, and no GPU names.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -168,16 +168,17 @@ class Cut:
     """The state of one GPU in MIG mode: blocks that are held, and idle instances that exist on the board.
 
     Two GPUs with equal cuts can do exactly the same things. Build it with `cut()`; `held` and `idle` are
-    sorted. An idle instance may be handed out again as it is; for every other profile its units are blocked,
-    since it is there. `busy` (bit set of units) and `left` (capacities) count both. `kind` is what the GPU is,
-    `guests` whose pods hold its slices.
+    sorted. An idle instance may be handed out again as it is, and otherwise it is not there: a slice that is made
+    over it destroys it. So `busy` (bit set of units) and `left` (capacities) count what is held only, and `idle` has
+    those that can each still be handed out; where something does not suffice for all of them, `surplus()` goes.
+    `kind` is what the GPU is, `guests` whose pods hold its slices.
     """
 
     geometry: Geometry
     held: tuple[Block, ...]
     idle: tuple[Slice, ...]
     busy: int = field(compare=False, repr=False)
-    left: tuple[int, ...] = field(compare=False, repr=False)
+    left: Uses = field(compare=False, repr=False)
     kind: Kind = NO_KIND
     guests: Guests = ()
     _hash: int = field(init=False, repr=False, compare=False)
@@ -192,47 +193,38 @@ class Cut:
         return Cut, (self.geometry, self.held, self.idle, self.busy, self.left, self.kind, self.guests)
 
     def starts(self, profile: str) -> tuple[int, ...]:
-        """Where a new instance of the profile may be made now."""
+        """Where an instance of the profile may stand beside the held ones: made new, or idle already."""
         rows = grid(self.geometry).by_profile.get(profile, ())
-        return tuple(
-            start
-            for start, block, mask in rows
-            if not mask & self.busy and all(use <= left for use, left in zip(block.uses, self.left, strict=True))
-        )
+        return tuple(start for start, block, mask in rows if not mask & self.busy and _suffices(self.left, block.uses))
 
     def idle_starts(self, profile: str) -> tuple[int, ...]:
         """Where an idle instance of the profile stands, ready to be handed out."""
         return tuple(idle.start for idle in self.idle if idle.profile == profile)
 
+    def surplus(self) -> tuple[Slice, ...]:
+        """The idle instances that must go all the same: each could stay, not all together. They may still be handed out
+        (then others go), so that slices may be added in any order.
+        """
+        return _surplus(self.geometry, self.left, self.idle) if self.idle else ()
+
     def without_idle(self) -> Cut:
         """The state if every idle instance were destroyed."""
-        return _without_idle(self) if self.idle else self
+        return replace(self, idle=()) if self.idle else self
 
     def add(self, taken: Slice, guest: Guest = NOBODY) -> Cut:
-        """The state after the slice is held: made new at a legal start, or an idle instance handed out."""
+        """The state after the slice is held: an idle instance handed out, or made new over those in its way."""
         return _add(self, taken, guest)
 
 
 @lru_cache(maxsize=65536)
 def _add(before: Cut, taken: Slice, guest: Guest) -> Cut:
-    block = grid(before.geometry).blocks[taken]
+    geometry = before.geometry
+    block = grid(geometry).blocks[taken]
+    busy = before.busy | block.mask
+    left = tuple(most - use for most, use in zip(before.left, block.uses, strict=True))
     held = tuple(sorted((*before.held, block)))
     guests = join(before.guests, guest, occupied=bool(before.held))
-    if taken in before.idle:
-        idle = tuple(slice_ for slice_ in before.idle if slice_ != taken)
-        return Cut(before.geometry, held, idle, before.busy, before.left, before.kind, guests)
-    left = tuple(left - use for left, use in zip(before.left, block.uses, strict=True))
-    return Cut(before.geometry, held, before.idle, before.busy | block.mask, left, before.kind, guests)
-
-
-@lru_cache(maxsize=65536)
-def _without_idle(state: Cut) -> Cut:
-    totals = grid(state.geometry).totals
-    busy = 0
-    for block in state.held:
-        busy |= block.mask
-    left = tuple(total - sum(block.uses[i] for block in state.held) for i, total in enumerate(totals))
-    return Cut(state.geometry, state.held, (), busy, left, state.kind, state.guests)
+    return Cut(geometry, held, _able_to_stay(geometry, busy, left, before.idle), busy, left, before.kind, guests)
 
 
 @lru_cache(maxsize=65536)
@@ -243,21 +235,20 @@ def cut(
     kind: Kind = NO_KIND,
     guests: Guests = (),
 ) -> Cut | str:
-    """The state of a GPU with these slices held and these instances idle; words if they cannot all be there.
+    """The state of a GPU with these slices held and these instances idle; words if that cannot be.
 
-    Then the board and our books disagree, and nothing should be placed until they agree again.
+    Held slices must be legal together, and so must idle ones, which all exist. Otherwise the board and our books
+    disagree, and nothing should be placed until they agree again. A held slice over an idle instance is one that is
+    about to be made.
     """
-    wrong = faults(geometry, held | idle)
+    wrong = faults(geometry, held) or faults(geometry, idle - held)
     if wrong:
         return wrong[0]
     ready = grid(geometry)
-    there = [ready.blocks[slice_] for slice_ in (*held, *idle)]
-    busy = 0
-    for block in there:
-        busy |= block.mask
-    left = tuple(total - sum(block.uses[i] for block in there) for i, total in enumerate(ready.totals))
-    held_blocks = tuple(sorted(ready.blocks[slice_] for slice_ in held))
-    return Cut(geometry, held_blocks, tuple(sorted(idle)), busy, left, kind, guests)
+    blocks = tuple(sorted(ready.blocks[slice_] for slice_ in held))
+    busy, left = _room(geometry, blocks)
+    able = _able_to_stay(geometry, busy, left, sorted(idle - held))
+    return Cut(geometry, blocks, able, busy, left, kind, guests)
 
 
 def empty(geometry: Geometry) -> Cut:

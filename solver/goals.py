@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import combinations
 
-from solver.cluster import GPU_MILLI, Allocation, Device, Gpu, Node, allocations
+from solver.cluster import GPU_MILLI, Allocation, Gpu, Node, allocations
 from solver.demand import Demand, HostNeed, Problem, SliceNeed
-from solver.geometry import Cut
+from solver.geometry import Cut, Slice, in_the_way
 from solver.guests import Guests, classes_mixed, guests_of, join, tenants_mixed
 from solver.plan import Placement, Plan, Status
 from solver.steps import Host, State, Step, host_steps, read, slice_steps
@@ -27,6 +27,10 @@ from solver.values import DEFAULT_VALUES, Values, links_price, spread_price
 MAKE_MILLI = 40
 """What making a slice costs where an idle one might do. Chosen by feel: below the value of one unit of a cut
 GPU, so that an idle slice in a bad place does not win over a good start."""
+
+REMOVE_MILLI = 10
+"""What destroying an idle instance costs: time, and whoever could have had it as it is. So low that a GPU full of small
+ones (seven of an A100) is not kept from a slice that belongs there: with MAKE_MILLI it is less than one unit."""
 
 SHELTER_MILLI = 25
 """What a pod without GPUs costs for each GPU of the node that it goes to. From 10 to 40 it hardly matters."""
@@ -172,23 +176,33 @@ def _split_in(problem: Problem, plan: Plan, label: Callable[[Gpu], int | None]) 
     return total
 
 
-# --- repartition: slices that have to be made ---
+# --- repartition: slices that have to be made, idle ones that have to go ---
 
 
 def slice_made(step: Step, values: Values) -> int:
-    """A slice made new. An idle one of the profile, wherever it stands, is cheaper by this much."""
-    return MAKE_MILLI if step.slice is not None and not step.reused else 0
+    """A slice made new, and the idle instances that go for it. An idle one of the profile is cheaper anywhere."""
+    if step.slice is None:
+        return 0
+    return MAKE_MILLI * (not step.reused) + REMOVE_MILLI * step.removed
 
 
 def slices_made_in(problem: Problem, plan: Plan, values: Values) -> int:
-    """The same: slices handed out that are not on the board yet."""
-    nodes = problem.snapshot.nodes
-    there = {Device(gpu.uuid, instance) for node in nodes for gpu in node.gpus for instance in gpu.instances}
-    return MAKE_MILLI * sum(
-        device.slice is not None and device not in there
-        for placement in plan.placements.values()
-        for device in placement.devices
-    )
+    """The same: slices handed out that are not on the board yet, and instances that are in the way of all that is held
+    after the plan, less those that were before.
+    """
+    made = removed = 0
+    for node, before, added in _changed_nodes(problem, plan):
+        for gpu in node.gpus:
+            held, new = _slices_on(gpu, before), _slices_on(gpu, added)
+            if new and gpu.geometry is not None:
+                idle = set(gpu.instances) - held
+                made += len(new - idle)
+                removed += len(in_the_way(gpu.geometry, held | new, idle)) - len(in_the_way(gpu.geometry, held, idle))
+    return MAKE_MILLI * made + REMOVE_MILLI * removed
+
+
+def _slices_on(gpu: Gpu, there: Iterable[Allocation]) -> set[Slice]:
+    return {device.slice for each in there for device in each.devices if device.gpu == gpu.uuid and device.slice}
 
 
 # --- tenants, classes: who stands beside whom ---
@@ -374,8 +388,9 @@ class Policy:
     The default has one tier and no weights: all its goals speak milli-GPU, so they can be added. Links cost the
     share of the job's GPUs that it could as well not have, which beats breaking into a half-used node but
     not opening an empty one; a NUMA split decides between otherwise equal places; making a slice loses to an
-    idle one unless that stands in a worse place. `worths` weigh what is placed by its class of work, where not
-    everything can be: (("serving", 2),) counts a serving pod twice. `values` say what states are worth.
+    idle one unless that stands in a worse place, and one made over idle ones to one made beside them. `worths`
+    weigh what is placed by its class of work, where not everything can be: (("serving", 2),) counts a serving pod
+    twice. `values` say what states are worth.
     """
 
     name: str = "potential"

@@ -95,7 +95,7 @@ class Step:
 
     On a `Host`: `take` idle GPUs of each class, and of one GPU of class `share_class` `share_milli`
     thousandths; that GPU was `share_on` before (None: idle). On a `Cut`: `slice`, which is made new unless
-    `reused`.
+    `reused`; idle instances in its way go.
     """
 
     before: State
@@ -114,9 +114,20 @@ class Step:
         return sum(self.take)
 
     @property
+    def removed(self) -> int:
+        """How many more idle instances must go than before. Of several steps it adds up to what must go for all."""
+        if not isinstance(self.before, Cut) or not isinstance(self.after, Cut):
+            return 0
+        return _idle_and_staying(self.before) - _idle_and_staying(self.after) - self.reused
+
+    @property
     def guest(self) -> Guest:
         """Whose step it is."""
         return self.need.terms.guest
+
+
+def _idle_and_staying(state: Cut) -> int:
+    return len(state.idle) - len(state.surplus())
 
 
 # --- steps on a host ---
@@ -236,15 +247,16 @@ def terms_allow_host(terms: Terms, state: Host) -> bool:
 
 @lru_cache(maxsize=65536)
 def slice_steps(state: Cut, need: SliceNeed) -> tuple[Step, ...]:
-    """Every way to serve one slice: each idle instance of the profile first, then each legal start."""
+    """Every way to serve one slice: each idle instance of the profile first, then each other legal start."""
     profile = next((each for each in state.geometry.profiles if each.name == need.profile), None)
     if profile is None or not terms_allow_kind(need.terms, state.kind, memory_mib=profile.memory_mib):
         return ()
     guest = need.terms.guest
     if not may_join(state.guests, guest, "gpu", occupied=bool(state.held)):
         return ()
-    found = [(Slice(profile.name, start), True) for start in state.idle_starts(profile.name)]
-    found += [(Slice(profile.name, start), False) for start in state.starts(profile.name)]
+    idle = state.idle_starts(profile.name)
+    found = [(Slice(profile.name, start), True) for start in idle]
+    found += [(Slice(profile.name, start), False) for start in state.starts(profile.name) if start not in idle]
     return tuple(Step(state, state.add(at, guest), need, slice=at, reused=reused) for at, reused in found)
 
 
@@ -305,8 +317,8 @@ _NOTHING = _Held()
 def read(node: Node, taken: Iterable[Taken] = ()) -> Room:
     """What is free on a node where this is held or promised.
 
-    Careful where board and books disagree: a GPU whose held slices and instances cannot all be there, or
-    that is held whole or in shares while in MIG mode, is shut. A taken device of a GPU that is not on the node
+    Careful where board and books disagree: a GPU whose held slices cannot all be there, or that is held whole
+    or in shares while in MIG mode, is shut. A taken device of a GPU that is not on the node
     is ignored.
     """
     there = allocations(taken)

@@ -167,15 +167,15 @@ def legal_on(node: Node, taken: Iterable[Device], given: list[Device]) -> list[s
     for uuid in sorted({device.gpu for device in given if device.slice is not None} & set(gpus)):
         gpu = gpus[uuid]
         if gpu.geometry is not None:
-            slices = _standing(gpu, taken) | {d.slice for d in given if d.gpu == uuid and d.slice is not None}
-            wrong += [f"{uuid}: {words}" for words in faults(gpu.geometry, slices)]
+            held = _held_on(gpu, taken)
+            wrong += [f"{uuid}: {words}" for words in faults(gpu.geometry, held | _held_on(gpu, given))]
+            wrong += [f"{uuid}: {words}" for words in faults(gpu.geometry, set(gpu.instances) - held)]
     return wrong
 
 
-def _standing(gpu: Gpu, taken: Iterable[Device]) -> set[Slice]:
-    """The instances on a board: those that exist, and those that are held or promised."""
-    held = {device.slice for device in taken if device.gpu == gpu.uuid and device.slice is not None}
-    return held | set(gpu.instances)
+def _held_on(gpu: Gpu, taken: Iterable[Device]) -> set[Slice]:
+    """The slices of a board that are held or promised. Other instances are no obstacle, they can be destroyed."""
+    return {device.slice for device in taken if device.gpu == gpu.uuid and device.slice is not None}
 
 
 def _prices(problem: Problem, plan: Plan, values: Values) -> list[str]:
@@ -251,18 +251,14 @@ def _could_take_plain(node: Node, taken: set[Device], demand: Demand) -> bool:
     boards = []
     for gpu in usable:
         if gpu.geometry is not None and not any(d.slice is None for d in taken if d.gpu == gpu.uuid):
-            standing = frozenset(_standing(gpu, taken))
-            held = {device.slice for device in taken if device.gpu == gpu.uuid}
-            if not faults(gpu.geometry, standing):
-                boards.append((gpu.geometry, standing, frozenset(gpu.instances) - held))
+            held = frozenset(_held_on(gpu, taken))
+            if not faults(gpu.geometry, held) and not faults(gpu.geometry, set(gpu.instances) - held):
+                boards.append((gpu.geometry, held))
     return _can_place(tuple(boards), wanted, set())
 
 
-_Board = tuple[Geometry, frozenset[Slice], frozenset[Slice | None]]
-
-
-def _can_place(boards: tuple[_Board, ...], wanted: list[str], tried: set[object]) -> bool:
-    """Whether these slices fit on these boards (geometry, standing instances, idle ones), tried one by one."""
+def _can_place(boards: tuple[tuple[Geometry, frozenset[Slice]], ...], wanted: list[str], tried: set[object]) -> bool:
+    """Whether these slices fit on these boards (geometry, held slices), tried one by one."""
     if not wanted:
         return True
     key = (len(wanted), frozenset(Counter(boards).items()))
@@ -270,15 +266,11 @@ def _can_place(boards: tuple[_Board, ...], wanted: list[str], tried: set[object]
         return False
     tried.add(key)
     profile, rest = wanted[0], wanted[1:]
-    for i, (geometry, standing, idle) in enumerate(boards):
+    for i, (geometry, held) in enumerate(boards):
         starts = [start for known in geometry.profiles if known.name == profile for start in known.starts]
         for slice_ in [Slice(profile, start) for start in starts]:
-            if slice_ in idle:
-                after = (geometry, standing, idle - {slice_})
-            elif slice_ not in standing and not faults(geometry, standing | {slice_}):
-                after = (geometry, standing | {slice_}, idle)
-            else:
+            if slice_ in held or faults(geometry, held | {slice_}):
                 continue
-            if _can_place((*boards[:i], after, *boards[i + 1 :]), rest, tried):
+            if _can_place((*boards[:i], (geometry, held | {slice_}), *boards[i + 1 :]), rest, tried):
                 return True
     return False

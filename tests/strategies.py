@@ -65,9 +65,9 @@ def nodes(draw: st.DrawFn, name: str = "n", largest: int = 4, real: bool = True)
 
 @st.composite
 def instances(draw: st.DrawFn, geometry: Geometry) -> tuple[Slice, ...]:
-    """Up to two instances that can stand on one board."""
+    """Up to three instances that can stand on one board."""
     standing: list[Slice] = []
-    for slice_ in draw(st.lists(st.sampled_from(sorted(grid(geometry).blocks)), max_size=2)):
+    for slice_ in draw(st.lists(st.sampled_from(sorted(grid(geometry).blocks)), max_size=3)):
         if slice_ not in standing and not faults(geometry, [*standing, slice_]):
             standing.append(slice_)
     return tuple(standing)
@@ -87,7 +87,10 @@ GUESTS = (
 
 @st.composite
 def taken_on(draw: st.DrawFn, node: Node) -> tuple[Taken, ...]:
-    """What is held on a node: whole GPUs, shares, slices (existing ones and promised ones), by whomever; some CPU."""
+    """What is held on a node: whole GPUs, shares, slices, by whomever; some CPU.
+
+    The slices are instances that exist, or promised ones, idle instances in their way or not.
+    """
     taken: list[Allocation] = []
     guests = st.sampled_from(GUESTS if draw(st.integers(0, 2)) == 0 else GUESTS[:1])
     for gpu_ in node.gpus:
@@ -98,10 +101,10 @@ def taken_on(draw: st.DrawFn, node: Node) -> tuple[Taken, ...]:
             devices = [Device(gpu_.uuid, milli=milli) for milli in shares] or [Device(gpu_.uuid)]
             taken += [Allocation((device,), guest=draw(guests)) for device in devices]
             continue
-        standing, held = set(gpu_.instances), set()
-        for slice_ in draw(st.lists(st.sampled_from(sorted(grid(gpu_.geometry).blocks)), max_size=2)):
-            if slice_ not in held and not faults(gpu_.geometry, standing | {slice_}):
-                standing.add(slice_)
+        held: set[Slice] = set()
+        places = sorted(grid(gpu_.geometry).blocks)
+        for slice_ in draw(st.lists(st.sampled_from([*gpu_.instances, *places]), max_size=2)):
+            if slice_ not in held and not faults(gpu_.geometry, held | {slice_}):
                 held.add(slice_)
                 taken.append(Allocation((Device(gpu_.uuid, slice_),), guest=draw(guests)))
     if draw(st.integers(0, 3)) == 0:

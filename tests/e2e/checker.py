@@ -82,7 +82,10 @@ class Board:
                 self.there.add(Piece(self.uuid, instance.profile.replace("+", "."), instance.start))
 
     def fault(self, pieces: Sequence[Piece]) -> str:
-        """Why these pieces cannot all be given out on this board; empty if they can."""
+        """Why these pieces cannot all be given out on this board; empty if they can.
+
+        Instances that nobody has are no obstacle: they are destroyed where a slice is made over them.
+        """
         if not self.in_mig_mode:
             if any(piece.profile for piece in pieces):
                 return f"{pieces[0]}: the GPU is not in MIG mode"
@@ -91,7 +94,7 @@ class Board:
             return f"a slice is given twice: {', '.join(map(str, pieces))}"
         units: dict[int, Piece] = {}
         used: Counter[str] = Counter()
-        for piece in (*pieces, *(self.there - set(pieces))):
+        for piece in pieces:
             shape = self.shapes.get(piece.profile)
             if shape is None or piece.start not in shape.starts:
                 return f"{piece} is not a slice that this board can be cut into"

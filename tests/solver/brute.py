@@ -7,8 +7,8 @@ from itertools import combinations
 from solver.cluster import Allocation, Device, Node, Snapshot, Taken, allocations, devices_of
 from solver.demand import Ask, Demand, Problem
 from solver.flow import digits, question_of
-from solver.geometry import Slice, faults
-from solver.goals import DEFAULT_POLICY, Policy, allocation_of, plain_prices
+from solver.geometry import Geometry, Slice, faults
+from solver.goals import DEFAULT_POLICY, MAKE_MILLI, REMOVE_MILLI, Policy, allocation_of, plain_prices
 from solver.plan import Placement
 from solver.verify import on_terms
 
@@ -48,21 +48,55 @@ def _slices(node: Node, taken: frozenset[Device], wanted: Sequence[str]) -> Iter
     for gpu in node.gpus:
         if gpu.geometry is None or gpu.withheld or any(d.gpu == gpu.uuid and d.slice is None for d in taken):
             continue
-        standing = set(gpu.instances) | {d.slice for d in taken if d.gpu == gpu.uuid and d.slice is not None}
-        if faults(gpu.geometry, standing):
+        held = {d.slice for d in taken if d.gpu == gpu.uuid and d.slice is not None}
+        if faults(gpu.geometry, held) or faults(gpu.geometry, set(gpu.instances) - held):
             continue
         for profile in gpu.geometry.profiles:
             for start in profile.starts if profile.name == wanted[0] else ():
                 device = Device(gpu.uuid, Slice(profile.name, start))
-                if device not in taken and not faults(gpu.geometry, standing | {Slice(profile.name, start)}):
+                if device not in taken and not faults(gpu.geometry, held | {Slice(profile.name, start)}):
                     for rest in _slices(node, taken | {device}, wanted[1:]):
                         yield rest | {device}
 
 
 def total(node: Node, taken: Sequence[Taken], demand: Demand, devices: tuple[Device, ...], policy: Policy) -> int:
     """What these devices cost, by the plain counts."""
+    return policy.total(tuple(prices(node, taken, demand, devices, policy).items()))
+
+
+def prices(
+    node: Node, taken: Sequence[Taken], demand: Demand, devices: tuple[Device, ...], policy: Policy
+) -> dict[str, int]:
+    """The plain counts of these devices by goal; of the idle instances that go, by a count of its own."""
     problem = Problem(Snapshot((node,), {node.name: tuple(taken)}), (Ask("one", demand),))
-    return policy.total(plain_prices(problem, "one", Placement(node.name, devices), policy.values))
+    plain = dict(plain_prices(problem, "one", Placement(node.name, devices), policy.values))
+    made, removed = remade(node, taken, devices)
+    return plain | {"repartition": MAKE_MILLI * made + REMOVE_MILLI * removed}
+
+
+def remade(node: Node, taken: Sequence[Taken], devices: Sequence[Device]) -> tuple[int, int]:
+    """How many of these slices are to be made, and how many more idle instances must go for them."""
+    made = removed = 0
+    for gpu in node.gpus:
+        held = frozenset(d.slice for d in devices_of(allocations(taken)) if d.gpu == gpu.uuid and d.slice)
+        new = frozenset(d.slice for d in devices if d.gpu == gpu.uuid and d.slice)
+        if gpu.geometry is None or not new:
+            continue
+        idle = frozenset(gpu.instances) - held
+        made += len(new - idle)
+        removed += fewest_removed(gpu.geometry, held | new, idle) - fewest_removed(gpu.geometry, held, idle)
+    return made, removed
+
+
+@cache
+def fewest_removed(geometry: Geometry, wanted: frozenset[Slice], idle: frozenset[Slice]) -> int:
+    """The fewest idle instances without which all others and the wanted slices have no fault: every set is tried."""
+    others = idle - wanted
+    return next(
+        len(others) - stay
+        for stay in range(len(others), -1, -1)
+        if any(not faults(geometry, wanted.union(some)) for some in combinations(sorted(others), stay))
+    )
 
 
 def cheapest(node: Node, taken: Sequence[Taken], demand: Demand, policy: Policy = DEFAULT_POLICY) -> int | None:
@@ -81,9 +115,8 @@ def least_cost(problem: Problem, policy: Policy = DEFAULT_POLICY) -> int:
     asks = [(ask.demand, ask.priority) for ask in problem.asks]
 
     def tiers_of(node: Node, taken: Sequence[Taken], demand: Demand, devices: tuple[Device, ...]) -> tuple[int, ...]:
-        one = Problem(Snapshot((node,), {node.name: tuple(taken)}), (Ask("one", demand),))
-        prices = dict(plain_prices(one, "one", Placement(node.name, devices), policy.values))
-        here = (sum(weight * prices[name] for name, weight in tier) for tier in policy.tiers)
+        costs = prices(node, taken, demand, devices, policy)
+        here = (sum(weight * costs[name] for name, weight in tier) for tier in policy.tiers)
         return (0,) * first + tuple(here)
 
     @cache

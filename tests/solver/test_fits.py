@@ -29,11 +29,11 @@ from tests.builders import A100, H100, mig_node, node, one, part, slices, whole
             True,
         ),
         (
-            mig_node("n", 1, A100, idle=[Slice("2g.20gb", 0)]),
-            (),
+            mig_node("n", 1, A100, idle=[Slice("1g.10gb", 0), Slice("2g.20gb", 2)]),
+            (part("n", 0, "2g.20gb", 2),),
             one("4g.40gb"),
-            "no legal start for 4g.40gb: GPU 0: 2g.20gb@0 (idle) in the way",
-            False,
+            "no legal start for 4g.40gb: GPU 0: 2g.20gb@2 in the way",
+            True,
         ),
         (
             mig_node("n", 1, H100),

@@ -1,15 +1,32 @@
 """MIG tables and states: counted against NVIDIA's figures and against each other."""
 
 from collections import Counter
+from dataclasses import replace
+from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solver.geometry import Cut, Geometry, Slice, cut, empty, faults, grid, is_maximal, placed_states
+from solver.demand import ANY_TERMS, SliceNeed
+from solver.geometry import (
+    Cut,
+    Geometry,
+    Profile,
+    Slice,
+    cut,
+    empty,
+    faults,
+    grid,
+    in_the_way,
+    is_maximal,
+    placed_states,
+)
 from solver.products import PRODUCTS, Product, product
+from solver.steps import slice_steps
 from tests.builders import A30, A100, H100, RTX
-from tests.strategies import geometries
+from tests.solver.brute import fewest_removed
+from tests.strategies import REAL, geometries
 
 CLASSIC = ["1g.10gb", "2g.20gb", "3g.40gb", "4g.40gb", "7g.80gb"]
 CUTTABLE = [found for found in PRODUCTS if found.geometry is not None]
@@ -116,14 +133,141 @@ def test_beside_all_engines_only_slices_without_any_fit() -> None:
     assert fitting == ["1g.24gb-me", "2g.48gb-me"]
 
 
-def test_an_idle_instance_serves_its_profile_and_blocks_the_others() -> None:
-    """It exists on the board, so nobody can make another there until it is destroyed."""
+def test_an_idle_instance_serves_its_profile_and_goes_for_any_other() -> None:
+    """It may be handed out again; otherwise it is not there."""
     state = cut(A100, idle=frozenset({Slice("2g.20gb", 4)}))
 
     assert isinstance(state, Cut)
     assert state.idle_starts("2g.20gb") == (4,)
-    assert state.starts("3g.40gb") == (0,)
+    assert state.starts("3g.40gb") == (0, 4)
     assert state.add(Slice("2g.20gb", 4)) == cut(A100, frozenset({Slice("2g.20gb", 4)}))
+    assert state.add(Slice("3g.40gb", 4)) == cut(A100, frozenset({Slice("3g.40gb", 4)}))
+    assert state.add(Slice("3g.40gb", 0)).idle == state.idle
+
+
+def test_only_what_is_in_the_way_goes() -> None:
+    """Other pods may want the rest."""
+    ones = [Slice("1g.10gb", start) for start in range(7)]
+
+    assert in_the_way(A100, [Slice("3g.40gb", 4)], ones) == tuple(ones[4:])
+    assert in_the_way(A100, [Slice("3g.40gb", 4), ones[0]], ones) == tuple(ones[4:])
+    assert in_the_way(A100, ones[2:4], ones) == ()
+    assert in_the_way(A100, [], ones) == ()
+
+
+def test_an_idle_instance_with_the_only_media_engine_goes_for_another() -> None:
+    """In the way is not only what covers the same units."""
+    idle = [Slice("1g.10gb", 2), Slice("1g.10gb+me", 6)]
+
+    assert in_the_way(H100, [Slice("1g.10gb+me", 0)], idle) == (Slice("1g.10gb+me", 6),)
+    assert in_the_way(RTX, [Slice("1g.24gb+me.all", 9)], [Slice("1g.24gb", 0), Slice("1g.24gb-me", 3)]) == (
+        Slice("1g.24gb", 0),
+    )
+
+
+def test_the_fewest_go_where_something_runs_out() -> None:
+    """One that takes two engines rather than two that take one."""
+    one_engine = Profile("1u", 0, 1, (0, 1, 2, 3), 0, 1000, (("dec", 1),))
+    two_engines = Profile("1u+2", 1, 1, (0, 1, 2, 3), 0, 1000, (("dec", 2),))
+    board = Geometry(4, 4, (one_engine, two_engines), (("dec", 4),))
+    idle = [Slice("1u", 0), Slice("1u", 1), Slice("1u+2", 2)]
+
+    assert in_the_way(board, [Slice("1u", 3)], idle) == (Slice("1u+2", 2),)
+    assert in_the_way(board, [Slice("1u+2", 3)], idle) == (Slice("1u+2", 2),)
+
+
+def test_a_held_slice_over_an_idle_instance_is_about_to_be_made() -> None:
+    """The GPU stays in use meanwhile, without the idle one."""
+    held = frozenset({Slice("3g.40gb", 4)})
+
+    assert cut(A100, held, frozenset({Slice("2g.20gb", 4)})) == cut(A100, held)
+
+
+def test_instances_that_cannot_all_exist_are_said_so() -> None:
+    """Then the report is wrong, and nothing may be made over what it says."""
+    assert cut(A100, idle=frozenset({Slice("9g.99gb", 0)})) == "9g.99gb@0: this board has no profile 9g.99gb"
+    assert cut(A100, idle=frozenset({Slice("3g.40gb", 0), Slice("1g.10gb", 2)})) == (
+        "3g.40gb@0 overlaps 1g.10gb@2 at unit 2"
+    )
+
+
+@st.composite
+def boards_and_slices(draw: st.DrawFn) -> tuple[Geometry, list[Slice], frozenset[Slice]]:
+    """A board, slices that can be held together in the order of their coming, and what stands on it idle."""
+    geometry = draw(st.one_of(st.sampled_from(REAL), geometries()))
+    places = st.sampled_from(sorted(grid(geometry).blocks))
+    there: list[Slice] = []
+    for slice_ in draw(st.lists(places, max_size=7)):
+        if slice_ not in there and not faults(geometry, [*there, slice_]):
+            there.append(slice_)
+    wanted: list[Slice] = []
+    for slice_ in draw(st.lists(st.one_of(places, st.sampled_from(there)) if there else places, max_size=4)):
+        if slice_ not in wanted and not faults(geometry, [*wanted, slice_]):
+            wanted.append(slice_)
+    return geometry, wanted, frozenset(there)
+
+
+@given(boards_and_slices())
+@settings(max_examples=300, deadline=None)
+def test_what_is_in_the_way_is_the_least_that_makes_all_others_legal(
+    world: tuple[Geometry, list[Slice], frozenset[Slice]],
+) -> None:
+    """By plain arithmetic: without it all can stand, with any one of it back they cannot, and no fewer would do."""
+    geometry, wanted, idle = world
+    gone = in_the_way(geometry, wanted, idle)
+    stay = {*wanted, *idle} - set(gone)
+
+    assert set(gone) <= idle - set(wanted)
+    assert faults(geometry, stay) == []
+    assert all(faults(geometry, stay | {each}) for each in gone)
+    assert len(gone) == fewest_removed(geometry, frozenset(wanted), idle)
+
+
+@given(boards_and_slices(), st.randoms(use_true_random=False))
+@settings(max_examples=300, deadline=None)
+def test_states_know_what_is_in_the_way_in_whatever_order_slices_are_added(
+    world: tuple[Geometry, list[Slice], frozenset[Slice]], random: Random
+) -> None:
+    """So prices of steps, plain counts and orders to agents agree."""
+    geometry, wanted, idle = world
+    state = cut(geometry, idle=idle)
+    assert isinstance(state, Cut)
+    removed = 0
+    random.shuffle(wanted)
+    for slice_ in wanted:
+        step = next(each for each in slice_steps(state, SliceNeed(slice_.profile, ANY_TERMS)) if each.slice == slice_)
+        assert step.reused == (slice_ in idle)
+        assert step.removed >= 0
+        assert isinstance(step.after, Cut)
+        removed += step.removed
+        state = step.after
+    left = set(state.idle) - set(state.surplus())
+
+    assert state == cut(geometry, frozenset(wanted), idle)
+    assert idle - set(wanted) - left == set(in_the_way(geometry, wanted, idle))
+    assert removed == len(in_the_way(geometry, wanted, idle))
+
+
+@given(boards_and_slices())
+@settings(max_examples=200, deadline=None)
+def test_where_only_what_exists_may_be_used_nothing_is_ever_in_the_way(
+    world: tuple[Geometry, list[Slice], frozenset[Slice]],
+) -> None:
+    """Nodes on which nobody makes or removes instances have a geometry of the places that exist: enough for that."""
+    geometry, _, there = world
+    profiles = [
+        replace(profile, starts=tuple(sorted(each.start for each in there if each.profile == profile.name)))
+        for profile in geometry.profiles
+    ]
+    fixed = replace(geometry, profiles=tuple(profile for profile in profiles if profile.starts))
+    state = cut(fixed, idle=there)
+    while there:
+        assert isinstance(state, Cut)
+        steps = [s for p in fixed.profiles for s in slice_steps(state, SliceNeed(p.name, ANY_TERMS))]
+        assert {step.slice for step in steps} == set(state.idle) == there
+        assert all(step.reused and not step.removed for step in steps)
+        assert steps[0].slice is not None
+        state, there = state.add(steps[0].slice), there - {steps[0].slice}
 
 
 def test_a_board_that_cannot_be_is_said_so() -> None:

@@ -6,6 +6,7 @@ from solver import rank
 from solver.cluster import Device
 from solver.demand import Demand
 from solver.geometry import Slice
+from solver.goals import MAKE_MILLI, REMOVE_MILLI
 from solver.rank import Ranking, price, quote
 from solver.samples import parse_samples, sample_node
 from tests.builders import A100, indices, mig_node, node, one, part, slices, whole
@@ -64,6 +65,36 @@ def test_an_idle_instance_in_a_bad_place_is_left_alone() -> None:
 
     assert placement is not None
     assert indices(mig_node("n"), placement.devices) == [0]
+
+
+def test_idle_instances_are_no_obstacle() -> None:
+    """Room that nobody uses is room: the 4g is made over three 1g, and the fourth stays."""
+    idle = [Slice("1g.10gb", start) for start in (0, 1, 3, 5)]
+    placement = quote(mig_node("n", 1, idle=idle), (), one("4g.40gb"))
+
+    assert placement is not None
+    assert placement.devices == (part("n", 0, "4g.40gb", 0),)
+    assert dict(placement.prices)["repartition"] == MAKE_MILLI + 3 * REMOVE_MILLI
+
+
+def test_of_two_equal_starts_the_one_where_nothing_goes_is_taken() -> None:
+    """Somebody may want what stands there as it is."""
+    cluster = mig_node("n", 2, idle=[Slice("1g.10gb", start) for start in range(7)])
+    placement = quote(cluster, (), one("7g.80gb"))
+
+    assert placement is not None
+    assert indices(cluster, placement.devices) == [1]
+    assert dict(placement.prices)["repartition"] == MAKE_MILLI
+
+
+def test_a_slice_goes_where_it_belongs_whatever_small_idle_ones_stand_there() -> None:
+    """On the cut GPU the 3g takes nothing from tomorrow's 7g; four idle 1g must go for it."""
+    cluster = mig_node("n", 2, idle=[Slice("1g.10gb", start) for start in range(4)])
+    placement = quote(cluster, (part("n", 0, "3g.40gb", 4),), one("3g.40gb"))
+
+    assert placement is not None
+    assert placement.devices == (part("n", 0, "3g.40gb", 0),)
+    assert dict(placement.prices)["repartition"] == MAKE_MILLI + 4 * REMOVE_MILLI
 
 
 def test_links_have_no_price_for_slices() -> None:
