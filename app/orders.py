@@ -318,8 +318,9 @@ class Orders:
                 desk.doubts[make.gpu] = desk.orders.version + 1
                 desk.going[device] = desk.orders.version + 1
                 desk.failures.pop(device, None)
+        as_wanted = {gpu.uuid: gpu.mig.enabled for gpu in entry.report.gpus if gpu.mig is not None}
         for switch in desk.orders.switch:
-            if switch.gpu not in desk.switches:
+            if switch.gpu not in desk.switches and as_wanted.get(switch.gpu) != switch.enabled:
                 desk.doubts[switch.gpu] = desk.orders.version + 1
 
     def _put(self, entry: Entry, desk: Desk, makes: list[Make], removes: list[Device], now: float) -> None:

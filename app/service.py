@@ -80,7 +80,7 @@ class Service:
             stale_seconds=settings.stale_seconds,
         )
         self.modes = Modes(self.ledger, self.inventory, self.offers, self.orders, self.truth, clock=clock)
-        self.views = Views(self.ledger, self.inventory, self.offers, self.truth, clock=clock)
+        self.views = Views(self.ledger, self.inventory, self.offers, self.orders, self.truth, clock=clock)
         self.metrics = Metrics(self._gauges)
         self.schedule = Schedule()
         self.planner = self._planner() if settings.planning else None

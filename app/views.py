@@ -7,6 +7,7 @@ from typing import Any
 from app.inventory import Entry, Inventory
 from app.ledger import Hold, Ledger, Phase
 from app.offers import Offers
+from app.orders import Orders
 from app.planner import Planner
 from app.report import Gpu
 from app.schedule import Planned, Schedule
@@ -29,6 +30,7 @@ class Views:
         ledger: Ledger,
         inventory: Inventory,
         offers: Offers,
+        orders: Orders,
         truth: Truth,
         *,
         clock: Callable[[], float],
@@ -36,6 +38,7 @@ class Views:
         self._ledger = ledger
         self._inventory = inventory
         self._offers = offers
+        self._orders = orders
         self._truth = truth
         self._clock = clock
 
@@ -144,10 +147,23 @@ class Views:
             "reason": fault,
             "reported_seconds_ago": None if silent is None else round(silent, 1),
             "product": ", ".join(sorted({gpu.product for gpu in report.gpus})) if report else "",
+            "slices": self._inventory.why_no_slices(name),
+            "orders": self._ordered(name),
             "driver": report.driver if report else "",
             "cuda": report.cuda if report else "",
             "gpus": [self._gpu(entry, gpu, holds) for gpu in report.gpus] if entry and report else [],
             "not_in_inventory": self._strays(entry, holds),
+        }
+
+    def _ordered(self, name: str) -> Json:
+        """What the node's agent is told to change and has not changed yet."""
+        orders = self._orders.list_of(name)
+        if orders is None:
+            return {"make": [], "remove": [], "switch": []}
+        return {
+            "make": [f"{each.gpu}/{each.profile}@{each.start}" for each in orders.make],
+            "remove": [f"{each.gpu}/{each.profile}@{each.start}" for each in orders.remove],
+            "switch": [f"{each.gpu}: MIG {'on' if each.enabled else 'off'}" for each in orders.switch],
         }
 
     def pods(self, *, phase: str = "") -> list[Json]:
@@ -306,6 +322,7 @@ def _slices(entry: Entry, gpu: Gpu, holds: tuple[Hold, ...]) -> Iterator[Json]:
             "phase": hold.phase.value if hold else "idle",
             "pod": _pod(hold.pod) if hold else None,
             "exists": piece in exists,
+            "uuid": entry.uuids.get(Device(gpu.uuid, piece)),
         }
 
 

@@ -1,0 +1,389 @@
+"""MIG slices on the fly: made before the bind, removed when idle or in the way, and never on a guess."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from app.report import Mig
+from app.simulate import report_of
+from app.translate import PLACEMENT_ANNOTATION, Written, read_placement
+from solver.samples import sample_node
+from tests.app.hands import Hands
+from tests.app.world import GPU, World
+
+BIG, HALF, SMALL = "nvidia.com/mig-7g.80gb", "nvidia.com/mig-3g.40gb", "nvidia.com/mig-1g.10gb"
+KIND = "4xA100PCIe-mig1"
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    async with World({"a": KIND}, idle_slice_seconds=0).running() as running:
+        yield running
+
+
+@pytest.fixture
+def hands(world: World) -> Hands:
+    """The node's agent makes slices; nothing is on its board."""
+    hands = Hands(world.service, report_of(sample_node("a", KIND)))
+    hands.tell(makes_slices=True)
+    return hands
+
+
+@contextmanager
+def at_work(hands: Hands) -> Iterator[None]:
+    task = asyncio.create_task(hands.keep_obeying())
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+def written(world: World, name: str) -> Written | None:
+    found = read_placement(world.kube.pod(name)["metadata"].get("annotations", {}).get(PLACEMENT_ANNOTATION))
+    assert found is None or isinstance(found, Written)
+    return found
+
+
+def label(world: World, name: str, labels: dict[str, str | None]) -> None:
+    node = copy.deepcopy(world.kube.objects["nodes"][name])
+    now = {**node["metadata"].get("labels", {}), **labels}
+    node["metadata"]["labels"] = {key: value for key, value in now.items() if value is not None}
+    world.kube._put("nodes", name, node, "MODIFIED")
+
+
+def board(world: World) -> str:
+    return world.gpus("a")[3]
+
+
+def reason(world: World) -> str:
+    gpus = world.service.views.node("a")["gpus"]
+    return str(next(gpu["reason"] for gpu in gpus if gpu["uuid"] == board(world)))
+
+
+async def later(world: World, hands: Hands, seconds: float) -> None:
+    """So much later; the Lease, which went by meanwhile, is ours again, and the agent has reported."""
+    world.clock.advance(seconds)
+    await world.until(lambda: not world.service.waiting_for())
+    hands.tell()
+    world.service.orders.sweep()
+
+
+async def until_ordered(world: World) -> None:
+    await world.until(lambda: (found := world.service.orders.list_of("a")) is not None and found.make)
+
+
+# -- made before the bind -----------------------------------------------------------------------------
+
+
+async def test_a_pod_is_bound_only_when_its_slice_is_there_and_carries_its_uuid(world, hands):
+    world.add_pod("p", {HALF: "1"})
+    bind = asyncio.create_task(world.bind("p", "a"))
+    await until_ordered(world)
+    assert written(world, "p") is None
+    assert not bind.done()
+
+    await hands.obey()
+
+    assert await bind == ""
+    ((place, uuid),) = written(world, "p").uuids
+    assert hands.instances(board(world))["3g.40gb", int(place[-1])].uuid == uuid
+
+
+async def test_a_pod_with_an_idle_slice_waits_for_nobody(world, hands):
+    hands.put(board(world), "3g.40gb", 4)
+    hands.tell()
+    world.add_pod("p", {HALF: "1"})
+
+    assert await world.bind("p", "a") == ""
+    assert world.devices("p") == (f"{board(world)}/3g.40gb@4",)
+    assert await hands.obey() is None
+
+
+async def test_idle_slices_in_the_way_are_removed_with_the_same_order(world, hands):
+    """Kept for reuse, destroyed when room is wanted."""
+    hands.put(board(world), "1g.10gb", 2)
+    hands.put(board(world), "1g.10gb", 6)
+    hands.tell()
+    world.add_pod("p", {BIG: "1"})
+    with at_work(hands):
+        assert await world.bind("p", "a") == ""
+    assert set(hands.instances(board(world))) == {("7g.80gb", 0)}
+
+
+async def test_slices_in_use_are_never_in_an_order(world, hands):
+    with at_work(hands):
+        for number in range(7):
+            world.add_pod(f"p{number}", {SMALL: "1"})
+            assert await world.bind(f"p{number}", "a") == ""
+    world.add_pod("big", {BIG: "1"})
+
+    assert "7g.80gb" in await world.bind("big", "a")
+    assert world.service.orders.list_of("a").remove == ()
+    assert not [make for make in world.service.orders.list_of("a").make if make.remove]
+
+
+async def test_an_instance_without_compute_instance_is_completed(world, hands):
+    """An agent died between the two calls."""
+    hands.put(board(world), "7g.80gb", 0, uuid=None)
+    hands.tell()
+    world.add_pod("p", {BIG: "1"})
+    with at_work(hands):
+        assert await world.bind("p", "a") == ""
+    assert written(world, "p").uuids
+
+
+# -- not made -----------------------------------------------------------------------------------------
+
+
+async def test_case_08_a_slice_that_cannot_be_made_is_said_in_words_and_its_gpu_kept_back_until_it_has_changed(
+    world, hands
+):
+    """nos #21, #25: a set of instances was left half made."""
+    hands.fail[("7g.80gb", 0)] = "NVML: Insufficient Resources (23)"
+    world.add_pod("p", {BIG: "1"})
+    with at_work(hands):
+        refusal = await world.bind("p", "a")
+    assert "Insufficient Resources" in refusal
+    assert world.devices("p") == ()
+    assert written(world, "p") is None
+    await hands.obey()
+    assert "Insufficient Resources" in reason(world)
+    assert world.filter("p").fitting == []
+
+    hands.fail.clear()
+    hands.put(board(world), "1g.10gb", 0)
+    hands.tell()
+
+    assert world.filter("p").fitting == ["a"]
+
+
+async def test_a_gpu_whose_order_failed_is_tried_again_after_a_while_even_if_nothing_changed(world, hands):
+    hands.fail[("7g.80gb", 0)] = "NVML: Unknown Error (999)"
+    world.add_pod("p", {BIG: "1"})
+    with at_work(hands):
+        assert "Unknown" in await world.bind("p", "a")
+        await world.until(lambda: "Unknown" in reason(world))
+        await later(world, hands, 61)
+        assert world.filter("p").fitting == ["a"]
+
+
+async def test_a_slice_not_made_in_time_is_withdrawn_and_its_gpu_kept_back_until_the_agent_knows(world, hands):
+    world.add_pod("p", {BIG: "1"})
+    bind = asyncio.create_task(world.bind("p", "a"))
+    await until_ordered(world)
+    late = (await hands.listen()).orders
+    world.clock.advance(9)
+    hands.tell()
+
+    assert "was not made within 8 s" in await bind
+    assert world.devices("p") == ()
+    assert "confirmed" in reason(world)
+    assert world.filter("p").fitting == []
+
+    hands.carry_out(late)  # too late, and nobody wants it any more
+    assert world.filter("p").fitting == []
+    await hands.obey()
+    assert hands.instances(board(world)) == {}, "what a withdrawn order made is removed again"
+    assert world.filter("p").fitting == ["a"]
+
+
+async def test_a_pod_deleted_while_its_slice_is_made_leaves_no_promise(world, hands):
+    world.add_pod("p", {BIG: "1"})
+    await world.until(lambda: "uid-p" in world.service.truth.pods)
+    bind = asyncio.create_task(world.bind("p", "a"))
+    await until_ordered(world)
+    world.kube.remove_pod("p")
+
+    assert "gone" in await bind
+    assert world.devices("p") == ()
+    with at_work(hands):
+        await world.until(lambda: world.service.orders.list_of("a").make == () and not reason(world))
+
+
+async def test_nothing_is_ordered_where_agents_say_nothing_of_slices(world):
+    """Simulated nodes: slices are made on paper."""
+    world.add_pod("p", {BIG: "1"})
+    assert await world.bind("p", "a") == ""
+    assert world.service.orders.list_of("a") is None
+
+
+# -- idle for too long --------------------------------------------------------------------------------
+
+
+async def test_a_slice_that_is_idle_for_long_is_removed_and_not_handed_out_meanwhile():
+    async with World({"a": KIND}, idle_slice_seconds=30).running() as world:
+        hands = Hands(world.service, report_of(sample_node("a", KIND)))
+        hands.put(board(world), "7g.80gb", 0)
+        hands.tell(makes_slices=True)
+        await later(world, hands, 20)
+        assert await hands.obey() is None
+
+        await later(world, hands, 20)
+        world.add_pod("p", {BIG: "1"})
+        assert world.filter("p").fitting == []
+
+        assert [each.profile for each in (await hands.obey()).remove] == ["7g.80gb"]
+        assert hands.instances(board(world)) == {}
+        assert world.filter("p").fitting == ["a"]
+
+
+async def test_a_slice_that_is_busy_after_all_is_kept(world, hands):
+    """NVML refuses to destroy what has a process: the report says so, and it counts as taken."""
+    hands.put(board(world), "7g.80gb", 0)
+    hands.fail[("7g.80gb", 0)] = "in use by process 17"
+    hands.tell()
+    world.service.orders.clear("a", board(world))
+    await hands.obey()
+    assert "in use by process 17" in reason(world)
+
+
+# -- who may cut the boards ---------------------------------------------------------------------------
+
+
+async def test_an_agent_that_can_see_and_cannot_change_offers_what_exists(world, hands):
+    hands.put(board(world), "3g.40gb", 0)
+    hands.tell(makes_slices=False, makes_none="it can see and cannot change: no CAP_SYS_ADMIN")
+    for name in ("p", "q"):
+        world.add_pod(name, {HALF: "1"})
+
+    assert await world.bind("p", "a") == ""
+    assert written(world, "p").uuids
+    assert world.filter("q").fitting == []
+    assert world.service.orders.list_of("a") is None
+
+
+async def test_nodes_of_the_mig_manager_are_never_changed(world, hands):
+    """Both on one node would undo each other's instances."""
+    hands.put(board(world), "3g.40gb", 0)
+    hands.tell()
+    label(world, "a", {"nvidia.com/mig.config": "all-3g.40gb", "nvidia.com/mig.config.state": "success"})
+    await world.until(lambda: not world.service.inventory.slices_are_made("a"))
+    for name in ("p", "q"):
+        world.add_pod(name, {HALF: "1"})
+
+    assert await world.bind("p", "a") == ""
+    assert world.filter("q").fitting == []
+    assert "MIG manager" in world.service.views.node("a")["slices"]
+
+    label(world, "a", {"nvidia.com/mig.config": None})
+    await world.until(lambda: world.service.inventory.slices_are_made("a"))
+    assert world.filter("q").fitting == ["a"]
+
+
+async def test_a_node_that_the_mig_manager_is_changing_is_not_offered(world, hands):
+    label(world, "a", {"nvidia.com/mig.config": "all-1g.10gb", "nvidia.com/mig.config.state": "pending"})
+    world.add_pod("p", {GPU: "1"})
+    await world.until(lambda: world.filter("p").fitting == [])
+    assert "is changing its boards" in world.service.views.node("a")["reason"]
+
+
+# -- agreeing again -----------------------------------------------------------------------------------
+
+
+async def test_after_a_reboot_held_slices_are_made_again_and_pods_get_their_new_uuids(world, hands):
+    world.add_pod("p", {HALF: "1"})
+    with at_work(hands):
+        assert await world.bind("p", "a") == ""
+        before = written(world, "p").uuids
+        await world.until(lambda: world.service.truth.pods["uid-p"].written is not None)
+        hands.reboot()
+        hands.tell(boot="the next")
+        await world.until(lambda: written(world, "p").uuids != before)
+    assert [place for place, _ in written(world, "p").uuids] == [place for place, _ in before]
+
+
+async def test_nothing_is_ordered_before_the_ledger_is_the_whole_truth():
+    """Else a slice whose pod is not known yet would be taken for idle."""
+    world = World({"a": KIND}, idle_slice_seconds=1)
+    hands = Hands(world.service, report_of(sample_node("a", KIND)))
+    hands.put(board(world), "7g.80gb", 0)
+    hands.tell(makes_slices=True)
+    world.clock.advance(100)
+    hands.tell()
+    world.service.orders.sweep()
+    assert (await hands.listen()).orders is None
+
+
+async def test_a_new_service_says_what_it_wants_to_an_agent_with_an_old_list(world, hands):
+    world.add_pod("p", {HALF: "1"})
+    with at_work(hands):
+        assert await world.bind("p", "a") == ""
+    async with World({"a": KIND}, on=world.kube, idle_slice_seconds=0).running() as after:
+        again = Hands(after.service, hands.report, got=hands.got)
+        again.tell(makes_slices=True)
+        again.take_away(board(world), *next(iter(again.instances(board(world)))))
+        again.tell()
+        assert (await again.listen()).orders.service == after.service.id
+
+
+async def test_a_held_request_is_answered_as_soon_as_there_is_an_order(world, hands):
+    asked = asyncio.create_task(hands.listen(seconds=9))
+    await asyncio.sleep(0)
+    assert not asked.done()
+    world.add_pod("p", {BIG: "1"})
+    bind = asyncio.create_task(world.bind("p", "a"))
+
+    reply = await asyncio.wait_for(asked, 5)
+    hands.carry_out(reply.orders)
+
+    assert await bind == ""
+
+
+async def test_listening_is_a_sign_of_life_and_an_unknown_version_is_asked_for(world, hands):
+    world.clock.advance(20)
+    assert not (await hands.listen()).resend
+    assert world.service.views.node("a")["reported_seconds_ago"] == 0
+    hands.report = hands.report.model_copy(update={"version": 99})
+    assert (await hands.listen()).resend
+
+
+# -- MIG modes ----------------------------------------------------------------------------------------
+
+
+def not_in_mig_mode(mig: Mig | None, *, switches: bool) -> Mig:
+    assert mig is not None
+    return mig.model_copy(update={"enabled": False, "pending": False, "switches": switches})
+
+
+async def _modes(*, allowed: bool, switches: bool) -> tuple[World, Hands]:
+    world = World({"a": "4xH100-mig"}, mig_modes=allowed, idle_slice_seconds=0)
+    await world.service.start()
+    await world.until(lambda: not world.service.waiting_for())
+    hands = Hands(world.service, report_of(sample_node("a", "4xH100-mig")))
+    gpus = tuple(
+        gpu.model_copy(update={"mig": not_in_mig_mode(gpu.mig, switches=switches)}) for gpu in hands.report.gpus
+    )
+    hands.tell(makes_slices=True, gpus=gpus)
+    world.add_pod("p", {HALF: "1"})
+    assert world.filter("p").fitting == []
+    world.clock.advance(3)
+    world.service.modes.sweep() if allowed else None
+    return world, hands
+
+
+async def test_one_idle_gpu_is_switched_for_pods_that_wait_for_slices():
+    world, hands = await _modes(allowed=True, switches=True)
+    try:
+        (switch,) = (await hands.listen()).orders.switch
+        assert switch.enabled
+        assert "being switched" in str(world.service.views.node("a")["gpus"])
+        hands.carry_out(hands.got)
+        assert world.filter("p").fitting == ["a"]
+        world.service.modes.sweep()
+        assert not world.service.orders.list_of("a").switch
+    finally:
+        await world.service.stop()
+
+
+@pytest.mark.parametrize(("allowed", "switches"), [(False, True), (True, False)])
+async def test_no_mode_is_switched_without_leave_or_where_it_needs_a_reset(allowed, switches):
+    world, hands = await _modes(allowed=allowed, switches=switches)
+    try:
+        assert (await hands.listen()).orders is None
+    finally:
+        await world.service.stop()
