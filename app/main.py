@@ -1,5 +1,6 @@
 """create_app(): builds every object of the service, opens and closes it. Nothing is built elsewhere, or at import."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -12,16 +13,20 @@ from pydantic import TypeAdapter, ValidationError
 from app.errors import BadInput
 from app.kube import Kube
 from app.report import NodeReport
-from app.routes import extender_routes, public_routes
+from app.routes import agent_routes, extender_routes, public_routes
 from app.service import Service
 from app.settings import Settings
+from app.trust import Trust
 
 
 def create_app(settings: Settings, *, kube: Kube | None = None, clock: Callable[[], float] = time.monotonic) -> FastAPI:
     """The service as one app with every route: for tests and for standalone use."""
     service = build(settings, kube=kube, clock=clock)
-    app = public_app(service)
+    trust, closing = trust_of(service), asyncio.Event()
+    app = public_app(service, trust, closing=closing)
     app.include_router(extender_routes(service))
+    if not settings.agents_are_public:
+        app.include_router(agent_routes(service, trust, closing=closing))
     return app
 
 
@@ -34,8 +39,21 @@ def build(settings: Settings, *, kube: Kube | None, clock: Callable[[], float] =
     return service
 
 
-def public_app(service: Service) -> FastAPI:
-    """Health, agents, read API and page. Its lifespan is the service's."""
+def trust_of(service: Service) -> Trust:
+    """Who checks the service's agents."""
+    settings = service.settings
+    return Trust(
+        service.kube,
+        namespace=settings.namespace,
+        account=settings.agent_account,
+        seconds=settings.token_review_seconds,
+        clock=service.clock,
+        believe_all=settings.unauthenticated_agents,
+    )
+
+
+def public_app(service: Service, trust: Trust, *, closing: asyncio.Event) -> FastAPI:
+    """Health, read API and page, and agents where the settings say so. Its lifespan is the service's."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Service]]:
@@ -44,7 +62,9 @@ def public_app(service: Service) -> FastAPI:
         await service.stop()
 
     app = FastAPI(title="Tangram", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.include_router(public_routes(service))
+    app.include_router(public_routes(service, trust))
+    if service.settings.agents_are_public:
+        app.include_router(agent_routes(service, trust, closing=closing))
     return app
 
 
@@ -52,6 +72,13 @@ def extender_app(service: Service) -> FastAPI:
     """The four verbs alone, for the listener that demands a client certificate."""
     app = FastAPI(title="Tangram extender", openapi_url=None, docs_url=None, redoc_url=None)
     app.include_router(extender_routes(service))
+    return app
+
+
+def agent_app(service: Service, trust: Trust, *, closing: asyncio.Event) -> FastAPI:
+    """Reports and orders alone, for the listener that agents reach. `closing` ends the requests that are held."""
+    app = FastAPI(title="Tangram agents", openapi_url=None, docs_url=None, redoc_url=None)
+    app.include_router(agent_routes(service, trust, closing=closing))
     return app
 
 

@@ -30,6 +30,7 @@ class Metrics:
             "tangram_answers", "Answers to kube-scheduler by kind", ["verb", "kind"], registry=self.registry
         )
         self.reports = Counter("tangram_reports", "Agents' reports", ["kind"], registry=self.registry)
+        self.listens = Counter("tangram_listens", "Agents' requests for orders", ["kind"], registry=self.registry)
         self.plans = Counter("tangram_plans", "Joint plans by how they ended", ["status"], registry=self.registry)
         self.plan_seconds = Histogram(
             "tangram_plan_seconds",

@@ -4,23 +4,30 @@ A request that we cannot read gets words: kube-scheduler gets them in a 200, bec
 everybody else gets a 4xx.
 """
 
+import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from importlib.resources import files
 from typing import Annotated, Any, TypeVar
 
 import orjson
 from fastapi import APIRouter, HTTPException, Query, Request, Response
+from prometheus_client import Counter
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 
 from app import wire
-from app.errors import BadInput
-from app.report import NodeReport, ReportReply, Unchanged
+from app.errors import BadInput, KubeError
+from app.report import Listening, NodeReport, OrdersReply, ReportReply, Unchanged
 from app.service import Service
+from app.trust import Distrust, Trust
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Said = TypeVar("Said", NodeReport | Unchanged, Listening)
+
+ORDERS_LIMIT_BYTES = 16 << 10  # a request for orders is a few names and numbers
 
 PAGE_FILES = {
     "/": ("index.html", "text/html"),
@@ -92,9 +99,40 @@ def extender_routes(service: Service) -> APIRouter:
     return router
 
 
-def public_routes(service: Service) -> APIRouter:
-    """Health, metrics, agents, the read API and the page."""
+def agent_routes(service: Service, trust: Trust, *, closing: asyncio.Event) -> APIRouter:
+    """What agents call. Their held requests end when the caller leaves or `closing` is set."""
     router = APIRouter()
+    reports, listens = service.metrics.reports, service.metrics.listens
+    limit = service.settings.report_limit_bytes
+
+    @router.post("/v1/reports")
+    async def take_report(request: Request) -> ReportReply:
+        report = await _said(request, read_report, limit=limit, trust=trust, counter=reports)
+        if isinstance(report, Unchanged):
+            reports.labels("unchanged").inc()
+            return ReportReply(resend=not service.beat(report), service=service.id)
+        reports.labels("full").inc()
+        return ReportReply(resend=not service.report(report), service=service.id)
+
+    @router.post("/v1/orders")
+    async def hand_out_orders(request: Request) -> OrdersReply:
+        listening = await _said(request, read_listening, limit=ORDERS_LIMIT_BYTES, trust=trust, counter=listens)
+        reply = await _held(request, service.orders.listen(listening), closing=closing)
+        if reply is None:
+            listens.labels("ended").inc()
+            raise HTTPException(503, "the service is stopping, or you were gone before there was an answer")
+        listens.labels("orders" if reply.orders is not None else "resend" if reply.resend else "nothing").inc()
+        return reply
+
+    return router
+
+
+def public_routes(service: Service, trust: Trust) -> APIRouter:
+    """Health, metrics, the read API and the page."""
+    router = APIRouter()
+
+    def warnings() -> list[str]:
+        return [*service.warnings(), *trust.warnings()]
 
     @router.get("/healthz")
     async def healthz() -> Response:
@@ -103,25 +141,12 @@ def public_routes(service: Service) -> APIRouter:
     @router.get("/readyz")
     async def readyz() -> Response:
         waiting_for = service.waiting_for()
-        state = {"ready": not waiting_for, "waiting_for": waiting_for, "warnings": service.warnings()}
+        state = {"ready": not waiting_for, "waiting_for": waiting_for, "warnings": warnings()}
         return _json(orjson.dumps(state), status=503 if waiting_for else 200)
 
     @router.get("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @router.post("/v1/reports")
-    async def take_report(request: Request) -> ReportReply:
-        try:
-            report = read_report(await body_of(request, service.settings.report_limit_bytes))
-        except BadInput as error:
-            service.metrics.reports.labels("bad").inc()
-            raise HTTPException(422, str(error)) from None
-        if isinstance(report, Unchanged):
-            service.metrics.reports.labels("unchanged").inc()
-            return ReportReply(resend=not service.beat(report))
-        service.metrics.reports.labels("full").inc()
-        return ReportReply(resend=not service.report(report))
 
     @router.get("/v1/cluster")
     async def cluster(limit: Annotated[int, Query(ge=1, le=10_000)] = 200, after: str = "") -> Response:
@@ -131,7 +156,7 @@ def public_routes(service: Service) -> APIRouter:
             "ready": not waiting_for,
             "mode": "kubernetes" if service.kube is not None else "standalone",
             "waiting_for": waiting_for,
-            "warnings": service.warnings(),
+            "warnings": warnings(),
         }
         return _json(orjson.dumps({**about, **service.views.cluster(limit=limit, after=after)}))
 
@@ -173,27 +198,90 @@ async def body_of(request: Request, limit: int) -> bytes:
     """The whole body, or BadInput as soon as it is larger than the limit."""
     chunks = []
     size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise BadInput(f"the request is larger than {limit} bytes")
-        chunks.append(chunk)
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit:
+                raise BadInput(f"the request is larger than {limit} bytes")
+            chunks.append(chunk)
+    except ClientDisconnect:
+        raise BadInput("the connection ended within the request") from None
     return b"".join(chunks)
 
 
 def read_report(body: bytes) -> NodeReport | Unchanged:
     """An agent's report, full or unchanged. Raises BadInput naming the first field that is wrong."""
+    value = _value(body, "the report")
     try:
-        value = orjson.loads(body)
         if isinstance(value, dict) and "gpus" not in value and "schema" not in value:
             return Unchanged.model_validate(value)
         return NodeReport.model_validate(value)
-    except orjson.JSONDecodeError as error:
-        raise BadInput(f"the report is not JSON: {error}") from None
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the report"
-        raise BadInput(f"{where}: {first['msg']} ({error.error_count()} faults in all)") from None
+        raise _first_fault(error, "the report") from None
+
+
+def read_listening(body: bytes) -> Listening:
+    """An agent's request for orders. Raises BadInput naming the first field that is wrong."""
+    try:
+        return Listening.model_validate(_value(body, "the request for orders"))
+    except ValidationError as error:
+        raise _first_fault(error, "the request for orders") from None
+
+
+def _value(body: bytes, what: str) -> object:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadInput(f"{what} is not JSON: {error}") from None
+
+
+def _first_fault(error: ValidationError, what: str) -> BadInput:
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or what
+    return BadInput(f"{where}: {first['msg']} ({error.error_count()} faults in all)")
+
+
+async def _said(request: Request, read: Callable[[bytes], Said], *, limit: int, trust: Trust, counter: Counter) -> Said:
+    """What an agent says of its own node: who it is comes first, so that strangers' bodies are not even read."""
+    speaker = await _speaker(request, trust, counter) if trust.checks else None
+    try:
+        said = read(await body_of(request, limit))
+    except BadInput as error:
+        counter.labels("bad").inc()
+        raise HTTPException(422, str(error)) from None
+    if speaker is not None and said.node != speaker:
+        counter.labels("refused").inc()
+        raise HTTPException(403, f"this token speaks for node {speaker}, not for {said.node}: nothing was changed")
+    return said
+
+
+async def _speaker(request: Request, trust: Trust, counter: Counter) -> str:
+    try:
+        found = await trust.node_of(request.headers.get("Authorization", ""))
+    except KubeError:
+        counter.labels("unchecked").inc()
+        raise HTTPException(503, "the API server cannot be asked about this token now; try again") from None
+    if isinstance(found, Distrust):
+        counter.labels("unknown").inc()
+        raise HTTPException(401, found.reason, headers={"WWW-Authenticate": "Bearer"})
+    return found
+
+
+async def _held(request: Request, answer: Coroutine[Any, Any, T], *, closing: asyncio.Event) -> T | None:
+    """The answer, however long it takes; None, and no more work for it, if the caller leaves or we close."""
+    answering = asyncio.create_task(answer)
+    ends = (asyncio.create_task(_left(request)), asyncio.create_task(closing.wait()))
+    try:
+        await asyncio.wait((answering, *ends), return_when=asyncio.FIRST_COMPLETED)
+        return answering.result() if answering.done() else None
+    finally:
+        for waiting in (answering, *ends):
+            waiting.cancel()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _guarded(verb: str, call: Callable[[], T], failed: Callable[[str], T]) -> T:

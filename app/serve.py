@@ -1,11 +1,20 @@
-"""`tangram serve`: one process, one event loop, one or two listeners."""
+"""`tangram serve`: one process, one event loop, and its listeners.
+
+    public    health, metrics, read API, page                        plain
+    extender  kube-scheduler's four verbs                            TLS, client certificate
+    agents    reports and orders                                     TLS, bearer token (decision 0008)
+
+Without Kubernetes there are no tokens, so agents are on the public listener then, and only on loopback.
+"""
 
 import asyncio
 import logging
+import resource
 import signal
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import uvicorn
 import uvloop
@@ -13,7 +22,7 @@ from fastapi import FastAPI
 
 from app.errors import BadInput
 from app.kube import connect
-from app.main import build, extender_app, public_app
+from app.main import agent_app, build, extender_app, public_app, trust_of
 from app.routes import extender_routes
 from app.service import Service
 from app.settings import Settings
@@ -21,10 +30,11 @@ from app.settings import Settings
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 120  # Go keeps idle connections for 90; the server must not be the first to close
+BACKLOG = 4096  # agents that may knock at once after a restart; Linux allows no more by default
 
 
 class _Listener(uvicorn.Server):
-    """A uvicorn server that leaves the signals to us: there may be two of them in this process."""
+    """A uvicorn server that leaves the signals to us: there are several of them in this process."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -39,10 +49,13 @@ def run(settings: Settings) -> None:
 
 
 async def _serve(settings: Settings) -> None:
+    _allow_many_connections()
     kube = None if settings.without_kubernetes else await connect(settings.kubeconfig)
-    listeners = _listeners(build(settings, kube=kube))
+    closing = asyncio.Event()
+    listeners = _listeners(build(settings, kube=kube), closing)
 
     def stop() -> None:
+        closing.set()
         for listener in listeners:
             listener.should_exit = True
 
@@ -53,6 +66,12 @@ async def _serve(settings: Settings) -> None:
             group.create_task(_serve_one(listener, stop))
 
 
+def _allow_many_connections() -> None:
+    """Every agent keeps two connections; shells and service managers often allow 1,024 files unless asked."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 async def _serve_one(listener: _Listener, stop: Callable[[], None]) -> None:
     """Serve one listener; where one ends (a taken port, say), all end."""
     try:
@@ -61,23 +80,36 @@ async def _serve_one(listener: _Listener, stop: Callable[[], None]) -> None:
         stop()
 
 
-def _listeners(service: Service) -> list[_Listener]:
-    settings = service.settings
-    public = public_app(service)
+def _listeners(service: Service, closing: asyncio.Event) -> list[_Listener]:
+    settings, trust = service.settings, trust_of(service)
+    for warning in trust.warnings():
+        log.warning("%s", warning)
+    public = public_app(service, trust, closing=closing)
     if settings.one_listener:
         public.include_router(extender_routes(service))
         return [_Listener(_config(public, settings.host, settings.port))]
     extender = _config(extender_app(service), settings.extender_host, settings.extender_port)
-    if settings.cert is not None and settings.key is not None and settings.client_ca is not None:
-        extender.ssl_certfile = settings.cert
-        extender.ssl_keyfile = settings.key
-        extender.ssl_ca_certs = str(settings.client_ca)
-        extender.ssl_cert_reqs = ssl.CERT_REQUIRED
+    _secure(extender, settings, client_ca=settings.client_ca)
+    configs = [_config(public, settings.host, settings.port), extender]
+    if not settings.without_kubernetes:
+        agents = _config(agent_app(service, trust, closing=closing), settings.agent_host, settings.agent_port)
+        _secure(agents, settings, client_ca=None)
+        configs.append(agents)
+    return [_Listener(config) for config in configs]
+
+
+def _secure(config: uvicorn.Config, settings: Settings, *, client_ca: Path | None) -> None:
+    """TLS where there are certificates; with `client_ca`, only for clients that show one of it."""
+    if settings.cert is not None and settings.key is not None:
+        config.ssl_certfile = settings.cert
+        config.ssl_keyfile = settings.key
+        if client_ca is not None:
+            config.ssl_ca_certs = str(client_ca)
+            config.ssl_cert_reqs = ssl.CERT_REQUIRED
     try:
-        extender.load()
+        config.load()
     except (OSError, ssl.SSLError) as error:
         raise BadInput(f"cannot use {settings.cert}, {settings.key} and {settings.client_ca}: {error}") from error
-    return [_Listener(_config(public, settings.host, settings.port)), _Listener(extender)]
 
 
 def _config(app: FastAPI, host: str, port: int) -> uvicorn.Config:
@@ -89,6 +121,7 @@ def _config(app: FastAPI, host: str, port: int) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=20,
     )

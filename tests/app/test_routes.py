@@ -1,21 +1,27 @@
 """Over HTTP: what kube-scheduler, agents, the page and strangers get."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from asgi_lifespan import LifespanManager
+from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from app.errors import Unknown
 from app.kube import Json
-from app.main import create_app
+from app.main import agent_app, build, create_app, public_app, trust_of
+from app.report import Listening, OrdersReply
 from app.settings import Settings
 from app.simulate import report_of
-from solver.samples import parse_samples
-from tests.fakes import pod_json
+from solver.samples import parse_samples, sample_node
+from tests.fakes import FakeKube, pod_json
 
 GPU = "nvidia.com/gpu"
 
@@ -156,17 +162,13 @@ async def test_no_pod_however_broken_makes_a_fault_inside(client, pod):
 
 async def test_reports_are_taken_in_full_and_then_in_a_few_bytes(client):
     report = report_of(parse_samples("8xL40S:1")[0]).model_copy(update={"boot": "b", "version": 3})
-    assert (await client.post("/v1/reports", json={"node": report.node, "boot": "b", "version": 3})).json() == {
-        "resend": True
-    }
+    unchanged = {"node": report.node, "boot": "b", "version": 3}
+    assert (await client.post("/v1/reports", json=unchanged)).json()["resend"] is True
     full = await client.post("/v1/reports", content=report.model_dump_json(by_alias=True))
-    assert (full.status_code, full.json()) == (200, {"resend": False})
-    assert (await client.post("/v1/reports", json={"node": report.node, "boot": "b", "version": 3})).json() == {
-        "resend": False
-    }
-    assert (await client.post("/v1/reports", json={"node": report.node, "boot": "c", "version": 3})).json() == {
-        "resend": True
-    }
+    assert (full.status_code, full.json()["resend"]) == (200, False)
+    assert full.json()["service"]
+    assert (await client.post("/v1/reports", json=unchanged)).json() == full.json()
+    assert (await client.post("/v1/reports", json={**unchanged, "boot": "c"})).json()["resend"] is True
     assert report.node in await nodes(client)
 
 
@@ -189,6 +191,30 @@ async def test_broken_reports_are_refused_in_words_and_change_nothing(client, re
     assert answer.status_code == 422
     assert words in answer.json()["detail"]
     assert (await client.get("/v1/cluster")).json()["totals"] == before
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"{", "not JSON"),
+        (b"[]", "Listening"),
+        (b'{"node": "n", "version": 1}', "boot"),
+        (b'{"node": "n", "boot": "b", "version": 1, "wait_seconds": 3600}', "wait_seconds"),
+        (b'"' + b"x" * 17_000 + b'"', "larger"),
+    ],
+)
+async def test_broken_requests_for_orders_are_refused_in_words(client, body, words):
+    answer = await client.post("/v1/orders", content=body)
+    assert answer.status_code == 422
+    assert words in answer.json()["detail"]
+
+
+async def test_who_asks_for_orders_without_a_report_is_asked_for_one_at_once(client):
+    asked = {"node": "stranger", "boot": "b", "version": 1, "wait_seconds": 60}
+    answer = (await client.post("/v1/orders", json=asked)).json()
+    assert (answer["resend"], answer["orders"]) == (True, None)
+    assert answer["service"]
+    assert 'tangram_listens_total{kind="resend"} 1.0' in (await client.get("/metrics")).text
 
 
 async def test_health_readiness_and_metrics_answer(client):
@@ -228,3 +254,166 @@ async def test_two_apps_do_not_leak_into_each_other(client, inventory):
         httpx.AsyncClient(transport=httpx.ASGITransport(running.app), base_url="http://other") as second,
     ):
         assert (await second.get("/v1/cluster")).json()["totals"]["gpus_held"] == 0
+
+
+# -- agents in Kubernetes: who speaks, and for which node ---------------------------------------------
+
+
+class Agents:
+    """The agents' listener of a service on a fake API server that knows the token of node n1's agent.
+
+    `requests`: what reached it; `orders` answers requests for orders.
+    """
+
+    def __init__(self, **knobs: Any) -> None:
+        self.kube = FakeKube()
+        self.kube.add_token("of-n1", "tangram-system:tangram-agent", node="n1")
+        self.service = build(Settings(plain=True, planning=False, **knobs), kube=self.kube)
+        self.closing = asyncio.Event()
+        self.app = agent_app(self.service, trust_of(self.service), closing=self.closing)
+        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://agents")
+
+    async def post(self, path: str, body: object, *, token: str | None = "of-n1") -> httpx.Response:
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        return await self.http.post(path, json=body, headers=headers)
+
+    def reports(self, kind: str) -> float:
+        return self.service.metrics.registry.get_sample_value("tangram_reports_total", {"kind": kind}) or 0.0
+
+
+def full_report(node: str) -> Json:
+    found: Json = report_of(sample_node(node, "8xL40S")).model_dump(mode="json", by_alias=True)
+    return found
+
+
+@pytest.fixture
+def agents() -> Agents:
+    return Agents()
+
+
+async def test_an_agent_speaks_for_its_own_node(agents):
+    answer = await agents.post("/v1/reports", full_report("n1"))
+    assert (answer.status_code, answer.json()) == (200, {"resend": False, "service": agents.service.id})
+    assert list(agents.service.inventory) == ["n1"]
+
+
+@pytest.mark.parametrize("path", ["/v1/reports", "/v1/orders"])
+async def test_what_is_said_of_another_node_is_refused_and_changes_nothing(agents, path):
+    for body in (full_report("n2"), {"node": "n2", "boot": "b", "version": 1}):
+        if path == "/v1/orders":
+            body = {"node": "n2", "boot": "b", "version": 1}
+        answer = await agents.post(path, body)
+        assert answer.status_code == 403
+        assert answer.json()["detail"].startswith("this token speaks for node n1, not for n2")
+    assert not list(agents.service.inventory)
+    assert agents.reports("refused") == (2 if path == "/v1/reports" else 0)
+
+
+@pytest.mark.parametrize("token", [None, "garbage"])
+@pytest.mark.parametrize("path", ["/v1/reports", "/v1/orders"])
+async def test_without_a_good_token_not_even_the_body_is_read(agents, path, token):
+    answer = await agents.post(path, "x" * (2 << 20), token=token)
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert "token" in answer.json()["detail"]
+
+
+async def test_while_tokens_cannot_be_reviewed_agents_are_told_to_come_again(agents):
+    def away() -> None:
+        raise Unknown("POST tokenreviews: TimeoutError")
+
+    agents.kube.before["review_token"] = away
+    answer = await agents.post("/v1/reports", full_report("n1"))
+    assert answer.status_code == 503
+    assert "try again" in answer.json()["detail"]
+    assert not list(agents.service.inventory)
+
+    agents.kube.before.clear()
+    assert (await agents.post("/v1/reports", full_report("n1"))).status_code == 200
+
+
+def test_the_public_listener_takes_no_reports_in_kubernetes(agents):
+    """Tokens must not travel in the clear."""
+    public = public_app(agents.service, trust_of(agents.service), closing=agents.closing)
+    assert "/v1/cluster" in paths(public)
+    assert not paths(public) & {"/v1/reports", "/v1/orders"}
+    assert paths(agents.app) == {"/v1/reports", "/v1/orders"}
+
+
+async def test_unauthenticated_agents_are_believed_everywhere_and_that_is_said():
+    agents = Agents(unauthenticated_agents=True)
+    public = public_app(agents.service, trust_of(agents.service), closing=agents.closing)
+    assert paths(public) >= {"/v1/reports", "/v1/orders"}
+    assert (await agents.post("/v1/reports", full_report("n2"), token=None)).status_code == 200
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(public), base_url="http://public") as client:
+        warnings = (await client.get("/readyz")).json()["warnings"]
+    assert any("--unauthenticated-agents" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("where", ["host", "agent_host"])
+def test_unauthenticated_agents_are_for_this_machine_only(where):
+    with pytest.raises(ValidationError, match="--unauthenticated-agents is for loopback"):
+        Settings.model_validate({"standalone": True, "unauthenticated_agents": True, where: "10.0.0.1"})
+
+
+def paths(app: FastAPI) -> set[str]:
+    """What it serves."""
+    return set(app.openapi()["paths"])
+
+
+# -- requests that are held ---------------------------------------------------------------------------
+
+
+class Never:
+    """Orders that never come; knows who waits."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self.asked = asyncio.Event()
+
+    async def listen(self, said: Listening) -> OrdersReply:
+        self.waiting += 1
+        self.asked.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.waiting -= 1
+        raise AssertionError
+
+
+@pytest.fixture
+def never(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> Never:
+    never = Never()
+    monkeypatch.setattr(agents.service, "orders", never)
+    return never
+
+
+async def test_a_held_request_ends_when_the_service_stops(agents, never):
+    """Else each restart would wait for thousands of them."""
+    held = asyncio.create_task(agents.post("/v1/orders", {"node": "n1", "boot": "b", "version": 1}))
+    await asyncio.wait_for(never.asked.wait(), 10)
+    agents.closing.set()
+    answer = await asyncio.wait_for(held, 10)
+    assert (answer.status_code, never.waiting) == (503, 0)
+
+
+async def test_who_leaves_is_not_waited_for_any_more(agents, never):
+    body = b'{"node": "n1", "boot": "b", "version": 1}'
+    messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    messages.put_nowait({"type": "http.request", "body": body, "more_body": False})
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/orders",
+        "query_string": b"",
+        "headers": [(b"authorization", b"Bearer of-n1")],
+    }
+
+    async def send(message: Any) -> None:
+        pass
+
+    held = asyncio.create_task(agents.app(scope, messages.get, send))
+    await asyncio.wait_for(never.asked.wait(), 10)
+    messages.put_nowait({"type": "http.disconnect"})
+    await asyncio.wait_for(held, 10)
+    assert never.waiting == 0
