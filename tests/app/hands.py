@@ -31,6 +31,7 @@ class Hands:
     report: NodeReport
     fail: dict[tuple[str, int], str] = field(default_factory=dict)
     got: OrderList | None = None
+    removed: list[tuple[str, str, int]] = field(default_factory=list)
 
     def tell(self, **changes: object) -> None:
         """Report, with these fields changed."""
@@ -50,6 +51,12 @@ class Hands:
         reply = await self.service.orders.listen(said)
         self.got = reply.orders or self.got
         return reply
+
+    async def hear(self, *, seconds: float = 0.0) -> OrderList:
+        """The new list that must come."""
+        orders = (await self.listen(seconds=seconds)).orders
+        assert orders is not None
+        return orders
 
     async def obey(self) -> OrderList | None:
         """Fetch the list if there is a new one, carry it out, report; the list."""
@@ -109,15 +116,30 @@ class Hands:
         for each in make.remove:
             self._remove(each)
         there = self.instances(make.gpu).get((make.profile, make.start))
-        if there is None or there.uuid is None:
-            self.put(make.gpu, make.profile, make.start)
+        if there is not None and there.uuid is not None:
+            return []
+        if there is None and self._overlaps(make):
+            return [
+                Failed(**make.model_dump(include={"gpu", "profile", "start"}), reason="Insufficient Resources (23)")
+            ]
+        self.put(make.gpu, make.profile, make.start)
         return []
+
+    def _overlaps(self, make: Make) -> bool:
+        board = next(each for each in self.report.gpus if each.uuid == make.gpu)
+        assert board.mig is not None
+        size = next(each.placements[0].size for each in board.mig.profiles if each.name == make.profile)
+        return any(
+            (each.start or 0) < make.start + size and make.start < (each.start or 0) + (each.size or 0)
+            for each in self.instances(make.gpu).values()
+        )
 
     def _remove(self, at: SliceAt) -> list[Failed]:
         if (at.profile, at.start) not in self.instances(at.gpu):
             return []
         if (at.profile, at.start) in self.fail:
             return [self._failed(at)]
+        self.removed.append((at.gpu, at.profile, at.start))
         self.take_away(at.gpu, at.profile, at.start)
         return []
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from app.report import Mig
+from app.report import Mig, OrderList
 from app.simulate import report_of
-from app.translate import PLACEMENT_ANNOTATION, Written, read_placement
+from app.translate import PLACEMENT_ANNOTATION, Written, pod_of, read_placement
 from solver.samples import sample_node
 from tests.app.hands import Hands
+from tests.app.law import beyond_the_law
 from tests.app.world import GPU, World
 
 BIG, HALF, SMALL = "nvidia.com/mig-7g.80gb", "nvidia.com/mig-3g.40gb", "nvidia.com/mig-1g.10gb"
@@ -56,6 +58,24 @@ def label(world: World, name: str, labels: dict[str, str | None]) -> None:
     world.kube._put("nodes", name, node, "MODIFIED")
 
 
+def uuids(world: World, name: str) -> tuple[tuple[str, str], ...]:
+    found = written(world, name)
+    return found.uuids if found else ()
+
+
+def told(world: World) -> OrderList:
+    """What the agent is told now."""
+    orders = world.service.orders.list_of("a")
+    assert orders is not None
+    return orders
+
+
+async def obeyed(hands: Hands) -> OrderList:
+    orders = await hands.obey()
+    assert orders is not None
+    return orders
+
+
 def board(world: World) -> str:
     return world.gpus("a")[3]
 
@@ -90,7 +110,7 @@ async def test_a_pod_is_bound_only_when_its_slice_is_there_and_carries_its_uuid(
     await hands.obey()
 
     assert await bind == ""
-    ((place, uuid),) = written(world, "p").uuids
+    ((place, uuid),) = uuids(world, "p")
     assert hands.instances(board(world))["3g.40gb", int(place[-1])].uuid == uuid
 
 
@@ -123,8 +143,8 @@ async def test_slices_in_use_are_never_in_an_order(world, hands):
     world.add_pod("big", {BIG: "1"})
 
     assert "7g.80gb" in await world.bind("big", "a")
-    assert world.service.orders.list_of("a").remove == ()
-    assert not [make for make in world.service.orders.list_of("a").make if make.remove]
+    assert told(world).remove == ()
+    assert not [make for make in told(world).make if make.remove]
 
 
 async def test_an_instance_without_compute_instance_is_completed(world, hands):
@@ -134,7 +154,7 @@ async def test_an_instance_without_compute_instance_is_completed(world, hands):
     world.add_pod("p", {BIG: "1"})
     with at_work(hands):
         assert await world.bind("p", "a") == ""
-    assert written(world, "p").uuids
+    assert uuids(world, "p")
 
 
 # -- not made -----------------------------------------------------------------------------------------
@@ -169,14 +189,14 @@ async def test_a_gpu_whose_order_failed_is_tried_again_after_a_while_even_if_not
         assert "Unknown" in await world.bind("p", "a")
         await world.until(lambda: "Unknown" in reason(world))
         await later(world, hands, 61)
-        assert world.filter("p").fitting == ["a"]
+        await world.until(lambda: world.filter("p").fitting == ["a"])
 
 
 async def test_a_slice_not_made_in_time_is_withdrawn_and_its_gpu_kept_back_until_the_agent_knows(world, hands):
     world.add_pod("p", {BIG: "1"})
     bind = asyncio.create_task(world.bind("p", "a"))
     await until_ordered(world)
-    late = (await hands.listen()).orders
+    late = await hands.hear()
     world.clock.advance(9)
     hands.tell()
 
@@ -202,7 +222,7 @@ async def test_a_pod_deleted_while_its_slice_is_made_leaves_no_promise(world, ha
     assert "gone" in await bind
     assert world.devices("p") == ()
     with at_work(hands):
-        await world.until(lambda: world.service.orders.list_of("a").make == () and not reason(world))
+        await world.until(lambda: told(world).make == () and not reason(world))
 
 
 async def test_nothing_is_ordered_where_agents_say_nothing_of_slices(world):
@@ -227,7 +247,7 @@ async def test_a_slice_that_is_idle_for_long_is_removed_and_not_handed_out_meanw
         world.add_pod("p", {BIG: "1"})
         assert world.filter("p").fitting == []
 
-        assert [each.profile for each in (await hands.obey()).remove] == ["7g.80gb"]
+        assert [each.profile for each in (await obeyed(hands)).remove] == ["7g.80gb"]
         assert hands.instances(board(world)) == {}
         assert world.filter("p").fitting == ["a"]
 
@@ -252,7 +272,7 @@ async def test_an_agent_that_can_see_and_cannot_change_offers_what_exists(world,
         world.add_pod(name, {HALF: "1"})
 
     assert await world.bind("p", "a") == ""
-    assert written(world, "p").uuids
+    assert uuids(world, "p")
     assert world.filter("q").fitting == []
     assert world.service.orders.list_of("a") is None
 
@@ -289,12 +309,12 @@ async def test_after_a_reboot_held_slices_are_made_again_and_pods_get_their_new_
     world.add_pod("p", {HALF: "1"})
     with at_work(hands):
         assert await world.bind("p", "a") == ""
-        before = written(world, "p").uuids
+        before = uuids(world, "p")
         await world.until(lambda: world.service.truth.pods["uid-p"].written is not None)
         hands.reboot()
         hands.tell(boot="the next")
-        await world.until(lambda: written(world, "p").uuids != before)
-    assert [place for place, _ in written(world, "p").uuids] == [place for place, _ in before]
+        await world.until(lambda: uuids(world, "p") != before)
+    assert [place for place, _ in uuids(world, "p")] == [place for place, _ in before]
 
 
 async def test_nothing_is_ordered_before_the_ledger_is_the_whole_truth():
@@ -318,18 +338,17 @@ async def test_a_new_service_says_what_it_wants_to_an_agent_with_an_old_list(wor
         again.tell(makes_slices=True)
         again.take_away(board(world), *next(iter(again.instances(board(world)))))
         again.tell()
-        assert (await again.listen()).orders.service == after.service.id
+        assert (await again.hear()).service == after.service.id
 
 
 async def test_a_held_request_is_answered_as_soon_as_there_is_an_order(world, hands):
-    asked = asyncio.create_task(hands.listen(seconds=9))
+    asked = asyncio.create_task(hands.hear(seconds=9))
     await asyncio.sleep(0)
     assert not asked.done()
     world.add_pod("p", {BIG: "1"})
     bind = asyncio.create_task(world.bind("p", "a"))
 
-    reply = await asyncio.wait_for(asked, 5)
-    hands.carry_out(reply.orders)
+    hands.carry_out(await asyncio.wait_for(asked, 5))
 
     assert await bind == ""
 
@@ -340,6 +359,83 @@ async def test_listening_is_a_sign_of_life_and_an_unknown_version_is_asked_for(w
     assert world.service.views.node("a")["reported_seconds_ago"] == 0
     hands.report = hands.report.model_copy(update={"version": 99})
     assert (await hands.listen()).resend
+
+
+# -- the law --------------------------------------------------------------------------------------------
+
+SLICES = ("1g.10gb", "1g.20gb", "2g.20gb", "3g.40gb", "4g.40gb", "7g.80gb")
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_slices_keep_the_law_through_failures_restarts_and_reboots(seed):
+    """Random pods come and go; agents fail, restart and act late; the service restarts; boards refuse overlaps."""
+    chance = random.Random(seed)
+    report = report_of(sample_node("a", "4xA100PCIe-mig2")).model_copy(update={"makes_slices": True})
+    world, number, bound = World({"a": "4xA100PCIe-mig2"}), 0, 0
+    hands = Hands(world.service, report)
+    for round_ in range(3):
+        if round_:
+            world = World(world.nodes, on=world.kube, lease_seconds=1000, idle_slice_seconds=chance.choice([0, 20]))
+            world.kube.objects["leases"].clear()
+        async with world.running():
+            hands = Hands(world.service, hands.report, got=hands.got, removed=[])
+            hands.tell(orders=None)
+            for _ in range(25):
+                names = [f"p{number + each}" for each in range(chance.randint(0, 3))]
+                number += len(names)
+                for name in names:
+                    world.add_pod(name, {f"nvidia.com/mig-{chance.choice(SLICES)}": "1"})
+                binds = [asyncio.create_task(world.bind(name, "a")) for name in names]
+                await asyncio.sleep(0)
+                hands.fail = {(p, s): "trouble" for p in SLICES for s in range(8) if chance.random() < 0.1}
+                _end_some(world, chance, 0.2)
+                held_before = slices_of_bound_pods(world)
+                hands.removed.clear()
+                for _ in range(4):
+                    if chance.random() < 0.8:
+                        await hands.obey()
+                    if chance.random() < 0.1:
+                        hands.tell(boot=f"boot {chance.random()}", orders=None)
+                        hands.got = None
+                    if chance.random() < 0.05:
+                        hands.reboot()
+                        hands.tell()
+                    await asyncio.sleep(0.001)
+                assert not set(hands.removed) & held_before & slices_of_bound_pods(world)
+                world.clock.advance(9)
+                hands.tell()
+                bound += sum(not error for error in await asyncio.gather(*binds))
+                overlaps = beyond_the_law(sample_node("a", "4xA100PCIe-mig2"), world.service.ledger.taken("a"))
+                assert overlaps == []
+            hands.fail = {}
+            world.clock.advance(70)
+            hands.tell()
+            await all_are_there(world, hands)
+    assert bound > 15
+
+
+async def all_are_there(world: World, hands: Hands) -> None:
+    """In the end every bound pod has its slice."""
+    with at_work(hands):
+        await world.until(lambda: slices_of_bound_pods(world) <= on_boards(world, hands))
+
+
+def _end_some(world: World, chance: random.Random, part: float) -> None:
+    for key in [key for key in world.kube.objects["pods"] if chance.random() < part]:
+        world.kube.change_pod(key.removeprefix("default/"), lambda pod: pod["status"].update(phase="Succeeded"))
+
+
+def slices_of_bound_pods(world: World) -> set[tuple[str, str, int]]:
+    found = set()
+    for item in world.kube.objects["pods"].values():
+        pod = pod_of(item)
+        if pod.node and not pod.finished and isinstance(pod.written, Written):
+            found |= {(each.gpu, each.slice.profile, each.slice.start) for each in pod.written.devices if each.slice}
+    return found
+
+
+def on_boards(world: World, hands: Hands) -> set[tuple[str, str, int]]:
+    return {(gpu, *place) for gpu in world.gpus("a")[2:] for place in hands.instances(gpu)}
 
 
 # -- MIG modes ----------------------------------------------------------------------------------------
@@ -369,13 +465,13 @@ async def _modes(*, allowed: bool, switches: bool) -> tuple[World, Hands]:
 async def test_one_idle_gpu_is_switched_for_pods_that_wait_for_slices():
     world, hands = await _modes(allowed=True, switches=True)
     try:
-        (switch,) = (await hands.listen()).orders.switch
-        assert switch.enabled
+        orders = await hands.hear()
+        assert [switch.enabled for switch in orders.switch] == [True]
         assert "being switched" in str(world.service.views.node("a")["gpus"])
-        hands.carry_out(hands.got)
+        hands.carry_out(orders)
         assert world.filter("p").fitting == ["a"]
         world.service.modes.sweep()
-        assert not world.service.orders.list_of("a").switch
+        assert not told(world).switch
     finally:
         await world.service.stop()
 
