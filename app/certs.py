@@ -1,7 +1,8 @@
-"""`tangram certs`: a small CA of our own, and the two certificates that the extender listener needs.
+"""`tangram certs`: a small CA of our own, and the two certificates that the service's listeners need.
 
     CA ──signs──▶ server   the service, found under its Service's DNS names (and what --dns and --ip add)
-       └─signs──▶ client   kube-scheduler, the only caller that the extender verbs are for
+       ├─signs──▶ client   kube-scheduler, the only caller that the extender verbs are for
+       └─known to agents   they check the server's certificate, and show a token instead of one of their own
 
 The service lets in whoever shows a client certificate of this CA, so the CA must sign nothing else. Keys are
 EC P-256. Files are written so that only their owner can read them.
@@ -26,7 +27,7 @@ from app.errors import BadInput
 NAMESPACE = "tangram-system"
 SERVICE_NAME = "tangram"
 CLIENT_NAME = "tangram-scheduler-client"
-SECRET_NAME = "tangram"  # noqa: S105  (a name, not a secret) becomes tangram-server-tls and tangram-client-tls
+SECRET_NAME = "tangram"  # noqa: S105  (a name, not a secret) becomes tangram-server-tls, tangram-client-tls, tangram-ca
 
 CERTIFICATE_DAYS = 365
 CA_DAYS = 3650  # a new CA means changing both sides at once, so it outlives many certificates
@@ -34,7 +35,7 @@ CLOCK_SKEW = timedelta(minutes=5)  # a machine whose clock is late must not find
 
 CA_FILES = ("ca.crt", "ca.key")
 PEM_FILES = ("server.crt", "server.key", "client.crt", "client.key")
-SECRET_FILES = ("server-secret.yaml", "client-secret.yaml")
+OBJECT_FILES = ("server-secret.yaml", "client-secret.yaml", "ca-configmap.yaml")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +65,13 @@ def create_certificates(
     secret: str | None = None,
     force: bool = False,
 ) -> list[Path]:
-    """Write CA, server and client certificates into `out`; with `secret`, also the two Secrets to apply.
+    """Write CA, server and client certificates into `out`; with `secret`, also what to apply: two Secrets
+    and the CA's ConfigMap.
 
     With `force` the certificates there are replaced. The CA there is used again while it outlives them, so
     that the service and kube-scheduler can be renewed one after the other. Raises BadInput in words.
     """
-    files = [out / name for name in (*CA_FILES, *PEM_FILES, *(SECRET_FILES if secret else ()))]
+    files = [out / name for name in (*CA_FILES, *PEM_FILES, *(OBJECT_FILES if secret else ()))]
     there = [file.name for file in files if file.exists()]
     if there and not force:
         raise BadInput(f"{out} already has {', '.join(there)}; --force replaces them (and keeps a valid CA)")
@@ -85,7 +87,9 @@ def create_certificates(
     }
     if secret:
         server, client = secrets(certificates, name=secret, namespace=namespace)
-        texts |= {"server-secret.yaml": server.encode(), "client-secret.yaml": client.encode()}
+        authority = ca_config_map(certificates.ca.certificate, name=secret, namespace=namespace)
+        objects = (server, client, authority)
+        texts |= {file: text.encode() for file, text in zip(OBJECT_FILES, objects, strict=True)}
     try:
         out.mkdir(parents=True, exist_ok=True, mode=0o700)
         for name, text in texts.items():
@@ -131,6 +135,15 @@ def secrets(certificates: Certificates, *, name: str = SECRET_NAME, namespace: s
     )
 
 
+def ca_config_map(certificate: bytes, *, name: str = SECRET_NAME, namespace: str = NAMESPACE) -> str:
+    """A ConfigMap as YAML: by what agents know the service. There is nothing secret in it."""
+    data = {"ca.crt": certificate.decode()}
+    return yaml.safe_dump(
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(f"{name}-ca", namespace), "data": data},
+        sort_keys=False,
+    )
+
+
 def _secret(name: str, namespace: str, pair: Pair, ca: bytes) -> str:
     data: Mapping[str, str] = {
         "tls.crt": pair.certificate.decode(),
@@ -141,14 +154,14 @@ def _secret(name: str, namespace: str, pair: Pair, ca: bytes) -> str:
         "apiVersion": "v1",
         "kind": "Secret",
         "type": "kubernetes.io/tls",
-        "metadata": {
-            "name": name,
-            "namespace": namespace,
-            "labels": {"app.kubernetes.io/part-of": "tangram"},
-        },
+        "metadata": _metadata(name, namespace),
         "stringData": dict(data),
     }
     return yaml.safe_dump(secret, sort_keys=False)
+
+
+def _metadata(name: str, namespace: str) -> dict[str, object]:
+    return {"name": name, "namespace": namespace, "labels": {"app.kubernetes.io/part-of": "tangram"}}
 
 
 def _server_names(dns: Sequence[str], ips: Sequence[str], namespace: str) -> tuple[x509.GeneralName, ...]:

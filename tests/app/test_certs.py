@@ -11,7 +11,7 @@ import pytest
 import yaml
 from cryptography import x509
 
-from app.certs import CA_FILES, PEM_FILES, create_certificates, issue, secrets, service_dns_names
+from app.certs import CA_FILES, OBJECT_FILES, PEM_FILES, create_certificates, issue, secrets, service_dns_names
 from app.errors import BadInput
 
 
@@ -175,10 +175,19 @@ def test_secrets_hold_what_each_side_mounts_and_never_the_ca_key() -> None:
     assert all(set(each["stringData"]) == {"tls.crt", "tls.key", "ca.crt"} for each in (server, client))
 
 
+def test_agents_get_the_ca_and_no_key(tmp_path: Path) -> None:
+    """They prove themselves by a token; a client certificate of this CA would open the extender verbs to them."""
+    create_certificates(tmp_path, secret="mine", namespace="gpu")
+
+    found = yaml.safe_load((tmp_path / "ca-configmap.yaml").read_text())
+    assert (found["kind"], found["metadata"]["name"], found["metadata"]["namespace"]) == ("ConfigMap", "mine-ca", "gpu")
+    assert found["data"] == {"ca.crt": (tmp_path / "ca.crt").read_text()}
+
+
 def test_secret_files_are_private_too(tmp_path: Path) -> None:
     written = create_certificates(tmp_path, secret="tangram")
 
-    assert {file.name for file in written} >= {"server-secret.yaml", "client-secret.yaml"}
+    assert {file.name for file in written} >= set(OBJECT_FILES)
     assert stat.S_IMODE((tmp_path / "client-secret.yaml").stat().st_mode) == 0o600
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
-from app.certs import service_dns_names
+from app.certs import SECRET_NAME, service_dns_names
 from app.errors import BadInput
 from app.manifests import (
+    EXTENDER_PORT,
     FORMS,
     Form,
     admission_policy,
@@ -21,6 +22,7 @@ from app.manifests import (
 )
 from app.settings import Settings
 from app.translate import PLACEMENT_ANNOTATION, resource_of_profile
+from app.trust import AUDIENCE
 from solver.products import PRODUCTS
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "manifests"
@@ -155,12 +157,44 @@ def test_deployment_is_alone_and_its_settings_are_not_overwritten_by_its_own_ser
 
 
 def test_agent_calls_the_service_that_is_shipped() -> None:
+    """By the name that its certificate has, and with files that are mounted."""
     service = documents("base/service.yaml")["Service"]
-    (agent,) = documents("base/agent.yaml")["DaemonSet"]["spec"]["template"]["spec"]["containers"]
+    pod = documents("base/agent.yaml")["DaemonSet"]["spec"]["template"]["spec"]
+    (agent,) = pod["containers"]
+    options = dict(word.split("=", 1) for word in agent["args"] if "=" in word)
 
+    agent_port = Settings.model_fields["agent_port"].default
     host = f"{service['metadata']['name']}.{service['metadata']['namespace']}.svc"
-    assert f"--service=http://{host}:8080" in agent["args"]
-    assert {port["port"] for port in service["spec"]["ports"]} == {8080, 8443}
+    assert options["--service"] == f"https://{host}:{agent_port}"
+    assert host in service_dns_names()
+    assert {port["port"] for port in service["spec"]["ports"]} == {8080, EXTENDER_PORT, agent_port}
+    mounts = {mount["mountPath"] for mount in agent["volumeMounts"]}
+    for option in ("--token-file", "--ca-file"):
+        assert str(Path(options[option]).parent) in mounts
+    assert options["--state-dir"] in mounts
+
+
+def test_agents_token_and_ca_are_those_that_the_service_expects() -> None:
+    pod = documents("base/agent.yaml")["DaemonSet"]["spec"]["template"]["spec"]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    (source,) = volumes["token"]["projected"]["sources"]
+
+    assert source["serviceAccountToken"]["audience"] == AUDIENCE
+    assert pod["serviceAccountName"] == Settings.model_fields["agent_account"].default
+    assert volumes["ca"]["configMap"]["name"] == f"{SECRET_NAME}-ca"
+
+
+def test_nothing_is_opened_on_a_node_and_agents_reach_one_port_only() -> None:
+    (agent,) = documents("base/agent.yaml")["DaemonSet"]["spec"]["template"]["spec"]["containers"]
+    policies = list(yaml.safe_load_all((MANIFESTS / "base/networkpolicy.yaml").read_text()))
+    of_service, of_agent = (each["spec"] for each in policies)
+    agents = {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "tangram-agent"}}}
+    reached = [rule["ports"] for rule in of_service["ingress"] if agents in rule.get("from", [])]
+
+    assert "ports" not in agent
+    assert of_agent["policyTypes"] == ["Ingress"]
+    assert "ingress" not in of_agent
+    assert reached == [[{"port": "agents", "protocol": "TCP"}]]
 
 
 def test_service_leads_to_the_pod_and_its_ports() -> None:

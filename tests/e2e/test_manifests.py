@@ -86,7 +86,7 @@ def test_what_is_installed_runs_and_can_be_taken_away_again(cluster: Cluster) ->
 
 MAY = (
     "get pods", "list pods", "watch pods", "patch pods", "create pods/binding",
-    "get nodes", "list nodes", "watch nodes", "patch nodes",
+    "get nodes", "list nodes", "watch nodes", "patch nodes", "create tokenreviews.authentication.k8s.io",
 )  # fmt: skip
 MAY_IN_ITS_NAMESPACE = (
     "create leases.coordination.k8s.io", "get leases.coordination.k8s.io tangram",
@@ -98,7 +98,6 @@ MAY_NOT = (
     "update nodes", "delete nodes", "create nodes", "patch nodes/status", "get nodes/proxy",
     "get secrets", "list secrets", "get configmaps", "list configmaps", "create serviceaccounts/token",
     "impersonate users", "impersonate serviceaccounts", "create events", "list events", "delete events",
-    "create tokenreviews.authentication.k8s.io",
     "update leases.coordination.k8s.io kube-scheduler", "delete leases.coordination.k8s.io tangram",
     "list leases.coordination.k8s.io", "create subjectaccessreviews.authorization.k8s.io",
     "update validatingadmissionpolicies.admissionregistration.k8s.io",
