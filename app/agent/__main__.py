@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from app.agent.agent import INTERVAL_SECONDS, run_agent
+from app.agent.health import Patience
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,8 +18,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--service", metavar="URL", help="where reports go, for example https://tangram.tangram:8443")
     parser.add_argument("--node", default=os.environ.get("NODE_NAME"), help="this node's name (or NODE_NAME)")
     parser.add_argument("--interval", type=float, default=INTERVAL_SECONDS, metavar="SECONDS", help="between looks")
-    parser.add_argument("--token-file", type=Path, help="bearer token; read again for each report")
+    parser.add_argument("--token-file", type=Path, help="bearer token; read again for each request")
     parser.add_argument("--ca-file", type=Path, help="certificate authority of the service")
+    parser.add_argument(
+        "--mig",
+        choices=("observe", "make"),
+        default="make",
+        help="whether MIG slices are made and removed when the service orders it (make), or never (observe)",
+    )
+    parser.add_argument(
+        "--state-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="where GPUs' health is remembered over restarts (default: nowhere)",
+    )
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=1.0,
+        metavar="FACTOR",
+        help="how long a GPU must be well before it counts as better, times this (1: a minute; for tests)",
+    )
     parser.add_argument("--once", action="store_true", help="print the report as JSON and exit")
     parser.add_argument("--proc", type=Path, default=Path("/proc"), help="where the host's /proc is seen")
     parser.add_argument("--sys", type=Path, default=Path("/sys"), help="where the host's /sys is seen")
@@ -36,6 +56,9 @@ def main(argv: list[str] | None = None) -> int:
             interval_seconds=options.interval,
             token_file=options.token_file,
             ca_file=options.ca_file,
+            mig=options.mig,
+            state_dir=options.state_dir,
+            patience=Patience().scaled(options.patience),
             once=options.once,
             nvml_in_process=options.in_process_nvml,
             proc=options.proc,

@@ -1,39 +1,44 @@
-"""The agent's loop: look at NVML, keep what is known of the node, tell the service what has changed.
+"""The agent's loop: look at NVML, keep what is known of the node, tell the service what has changed, do what it orders.
 
     Reader ──Reading──▶ Agent.look() ──▶ NodeReport (version grows when it changed)
-                        Agent.tell() ──▶ full report after a change or when asked, else a few bytes
+                        Agent.tell() ──▶ full report after a change or when asked; a few bytes where the feed fails
+    Reader ◀──orders─── Agent.obey() ◀── Standing ◀── Feed (the held request; a thread)
 
-No NVML here (`child`, `nvml`) and no HTTP (`service`). Orders to make and remove slices will come the same way.
+No NVML here (`child`, `nvml`), no HTTP (`service`), and what signs of ill health mean is `health`'s to say.
 """
 
 from __future__ import annotations
 
 import logging
-import random
 import secrets
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
-from app.agent.child import Child, InProcess, NoAnswer, Reader
+from app.agent.child import CHANGE_SECONDS, DEADLINE_SECONDS, Child, InProcess, NoAnswer, Reader
+from app.agent.feed import Feed, Orders, Standing, backoff, jittered
+from app.agent.health import Judge, Patience
+from app.agent.memory import MemoryFile, boot_id
 from app.agent.reading import Reading, remember
 from app.agent.service import ReportError, Service
-from app.report import NodeReport, ReportReply, Unchanged
+from app.agent.versions import node_versions
+from app.report import Failed, Gpu, NodeReport, OrderList, OrdersDone, ReportReply, Unchanged
 
 log = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 5.0
 """Between looks, and so how long a change on the node may stay unknown. A quiet look costs a few milliseconds."""
 
-RETRY_SECONDS = (1.0, 15.0)
-"""After a report that failed: the first wait, doubled each time up to the last. The last is what a node stays unknown
-for after a long outage of the service; 5,000 agents then ask 300 times a second."""
+OBSERVES = "its agent only observes (--mig observe)"
 
-JITTER = 0.1
-"""Part of each wait that is random, so that a thousand agents that start together drift apart."""
+MOST_FAILED = 1024
+"""As many as a report may name."""
+
+MigOption = Literal["observe", "make"]
 
 
 class Reports(Protocol):
@@ -51,15 +56,36 @@ def _utc_now() -> datetime:
 
 
 class Agent:
-    """What one agent knows and has said. `look` and `tell` are its two acts; `run` does them for ever."""
+    """What one agent knows and has said. `look`, `tell` and `obey` are its acts; `run` does them for ever."""
 
-    def __init__(self, *, node: str, reader: Reader, utc_now: Callable[[], datetime] = _utc_now) -> None:
+    def __init__(
+        self,
+        *,
+        node: str,
+        reader: Reader,
+        mig: MigOption = "make",
+        memory: MemoryFile | None = None,
+        patience: Patience | None = None,
+        versions: Mapping[str, str] | None = None,
+        boot_id: str = "",
+        utc_now: Callable[[], datetime] = _utc_now,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._reader = reader
+        self._mig = mig
+        self._memory = memory
+        self._versions = dict(versions or {})
+        self._boot_id = boot_id
         self._utc_now = utc_now
-        self._read_once = False
+        self._clock = clock
+        self._judge = Judge(memory.recall() if memory else None, patience=patience, now=clock())
+        self._last: Reading | None = None
+        self._done: OrdersDone | None = None
         self._failing_since = ""
-        self._acknowledged: int | None = None
+        self.standing = Standing()
         self.report = NodeReport(node=node, boot=secrets.token_hex(8), version=0, error="NVML has not been read yet")
+
+    # ---- look ----
 
     def look(self, wait_seconds: float) -> bool:
         """Read the node, waiting at most so long; whether the report has changed."""
@@ -67,38 +93,30 @@ class Agent:
         before = self.report
         if isinstance(answer, NoAnswer):
             if answer.failed:
-                self._take(before.model_copy(update={"error": self._stale(answer.reason)}))
+                self._fail(answer.reason)
         elif answer.error:
-            self._take(before.model_copy(update={"error": self._stale(answer.error)}))
-        else:
+            self._fail(answer.error)
+        elif not self._says_nothing_new(answer):
             self._failing_since = ""
-            self._read_once = True
+            self._last = answer
             self._take(self._report_of(answer))
         return self.report is not before
 
-    def tell(self, reports: Reports) -> None:
-        """Say it: everything if the service may not have it, else that nothing is new. Raises `ReportError`."""
-        current = self.report
-        if self._acknowledged != current.version:
-            self._send_full(reports)
-            return
-        try:
-            reply = reports.post(Unchanged(node=current.node, boot=current.boot, version=current.version))
-        except ReportError as error:
-            if error.status:  # it was refused, not lost: say everything next time
-                self._acknowledged = None
-            raise
-        if reply.resend:
-            self._acknowledged = None
-            self._send_full(reports)
-
-    def _send_full(self, reports: Reports) -> None:
-        reply = reports.post(self.report)
-        self._acknowledged = None if reply.resend else self.report.version
+    def _says_nothing_new(self, reading: Reading) -> bool:
+        """A quiet node costs no more than this; building the same report again would be most of an agent's work."""
+        return (
+            reading is self._last
+            and not reading.xids
+            and not self._judge.moving
+            and not self._failing_since
+            and self.report.orders == self._done
+        )
 
     def _report_of(self, reading: Reading) -> NodeReport:
         known = self.report
-        gpus = remember(known.gpus, reading)
+        makes, none = reading.makes_slices, reading.makes_none
+        if self._mig == "observe":
+            makes, none = False, OBSERVES
         return NodeReport(
             node=known.node,
             boot=known.boot,
@@ -106,52 +124,152 @@ class Agent:
             driver=reading.driver,
             cuda=reading.cuda,
             nvml=reading.nvml,
+            versions=self._versions,
             sees_pods=reading.sees_pods,
-            gpus=gpus,
+            makes_slices=makes,
+            makes_none=none,
+            orders=self._done,
+            gpus=self._judged(reading),
             links=reading.links,
         )
 
-    def _stale(self, reason: str) -> str:
-        """The report's `error` while NVML does not answer; the time stays that of the first failure."""
+    def _judged(self, reading: Reading) -> tuple[Gpu, ...]:
+        known = self.report.gpus or self._judge.known
+        gpus = self._judge.judge(remember(known, reading), reading.xids, self._clock())
+        if self._memory is not None:
+            self._memory.keep(self._judge.memory(node=self.report.node, boot=self._boot_id))
+        return gpus
+
+    def _fail(self, reason: str) -> None:
+        """NVML does not answer: everything stays as it was last read; the time stays that of the first failure."""
         if not self._failing_since:
             self._failing_since = self._utc_now().strftime("%Y-%m-%dT%H:%M:%SZ")
-        state = "stale since" if self._read_once else "never read; failing since"
-        return f"{state} {self._failing_since}: {reason}"[:500]
+        state = "never read; failing since" if self._last is None else "stale since"
+        words = f"{state} {self._failing_since}: {reason}"[:500]
+        self._take(self.report.model_copy(update={"error": words, "orders": self._done}))
 
     def _take(self, report: NodeReport) -> None:
         if report != self.report:
             self.report = report.model_copy(update={"version": self.report.version + 1})
 
-    def run(self, reports: Reports, *, interval_seconds: float = INTERVAL_SECONDS) -> None:
-        """Look and tell until the process ends. Nothing that NVML or the service do ends the loop."""
-        failures = 0
-        next_tell = 0.0
-        said = ""
+    # ---- obey ----
+
+    def obey(self, orders: OrderList) -> None:
+        """Carry out a list and look again, so that the report has both what failed and what is there now.
+
+        Where NVML hangs or dies meanwhile nobody knows what was done: every order counts as failed, in words, so
+        that the service need not wait; the report is stale until a new child has read what is there.
+        """
+        if self._mig == "observe":
+            self._finished(orders, _each(orders, OBSERVES))
+        else:
+            failed = self._reader.change(orders, CHANGE_SECONDS)
+            if isinstance(failed, NoAnswer):
+                self._finished(orders, _each(orders, failed.reason))
+                if failed.failed:
+                    self._fail(failed.reason)
+                    return
+            else:
+                self._finished(orders, failed)
+        self.look(DEADLINE_SECONDS)
+
+    def _finished(self, orders: OrderList, failed: tuple[Failed, ...]) -> None:
+        for order in failed:
+            log.warning(
+                "not done: %s on %s at %d: %s", order.profile or "MIG mode", order.gpu, order.start, order.reason
+            )
+        self._done = OrdersDone(service=orders.service, version=orders.version, failed=failed[:MOST_FAILED])
+        self.standing.untold()  # also where nothing has changed: the service waits for an answer
+
+    # ---- tell ----
+
+    def tell(self, reports: Reports) -> None:
+        """Say everything if the service may not have it, else, unless the feed does, that nothing is new.
+
+        Raises `ReportError`.
+        """
+        current = self.report
+        if self.standing.version != current.version:
+            self._send_full(reports)
+            return
+        if self.standing.listening:
+            return
+        try:
+            reply = reports.post(Unchanged(node=current.node, boot=current.boot, version=current.version))
+        except ReportError as error:
+            if error.status:  # it was refused, not lost: say everything next time
+                self.standing.untold()
+            raise
+        if reply.resend:
+            self.standing.untold()
+            self._send_full(reports)
+
+    def _send_full(self, reports: Reports) -> None:
+        reply = reports.post(self.report)
+        if reply.resend:
+            self.standing.untold()
+        else:
+            self.standing.taken(self.report.version, reply.service)
+
+    # ---- for ever ----
+
+    def run(
+        self, reports: Reports, *, orders: Orders | None = None, interval_seconds: float = INTERVAL_SECONDS
+    ) -> None:
+        """Look, tell and obey until the process ends. Nothing that NVML or the service do ends the loop."""
+        if orders is not None:
+            Feed(orders, self.standing, node=self.report.node, boot=self.report.boot).start()
+        telling = _Telling()
         while True:
             started = time.monotonic()
-            changed = self.look(interval_seconds)
-            if time.monotonic() >= next_tell or (changed and not failures):
+            ordered = self.standing.take_orders()
+            if ordered is None:
+                changed = self.look(interval_seconds)
+            else:
+                self.obey(ordered)
+                changed = True
+            if telling.is_due(time.monotonic()) or (changed and not telling.failures):
                 try:
                     self.tell(reports)
-                    failures = 0
-                    if said:
-                        log.info("the service takes reports again")
-                    said = ""
+                    telling.went_well()
                 except ReportError as error:
-                    first, last = RETRY_SECONDS
-                    next_tell = time.monotonic() + _jittered(min(last, first * 2 ** min(failures, 16)))
-                    failures += 1
-                    if str(error) != said:
-                        log.warning("report not taken: %s", error)
-                    said = str(error)
-            due = started + _jittered(interval_seconds)
-            if failures:
-                due = min(due, max(next_tell, started + 0.1))
-            time.sleep(max(0.0, due - time.monotonic()))
+                    telling.failed(str(error), time.monotonic())
+            due = started + jittered(interval_seconds)
+            if telling.failures:
+                due = min(due, max(telling.not_before, started + 0.1))
+            self.standing.wait(due - time.monotonic())
 
 
-def _jittered(seconds: float) -> float:
-    return seconds * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 — spreads load, guards nothing
+@dataclass(slots=True)
+class _Telling:
+    """How telling goes: failures in a row, when to try again, and what was last said about it in the log."""
+
+    failures: int = 0
+    not_before: float = 0.0
+    said: str = field(default="")
+
+    def is_due(self, now: float) -> bool:
+        return now >= self.not_before
+
+    def went_well(self) -> None:
+        if self.said:
+            log.info("the service takes reports again")
+        self.failures, self.said = 0, ""
+
+    def failed(self, reason: str, now: float) -> None:
+        self.failures += 1
+        self.not_before = now + backoff(self.failures)
+        if reason != self.said:
+            log.warning("report not taken: %s", reason)
+        self.said = reason
+
+
+def _each(orders: OrderList, reason: str) -> tuple[Failed, ...]:
+    """Every order of a list as failed for one reason."""
+    slices = (
+        Failed(gpu=at.gpu, profile=at.profile, start=at.start, reason=reason) for at in (*orders.make, *orders.remove)
+    )
+    return (*slices, *(Failed(gpu=switch.gpu, reason=reason) for switch in orders.switch))
 
 
 def run_agent(
@@ -161,6 +279,9 @@ def run_agent(
     interval_seconds: float = INTERVAL_SECONDS,
     token_file: Path | None = None,
     ca_file: Path | None = None,
+    mig: MigOption = "make",
+    state_dir: Path | None = None,
+    patience: Patience | None = None,
     once: bool = False,
     nvml_in_process: bool = False,
     proc: Path = Path("/proc"),
@@ -168,14 +289,24 @@ def run_agent(
 ) -> None:
     """Run an agent for this node until SIGTERM or SIGINT, which end it at once (status 0).
 
-    `once`: read once, print the report as JSON, and return; `service` is then not needed. `nvml_in_process`
-    does without the child process and so without a deadline (simulated fleets). `proc` and `sys` are where the host's
-    /proc and /sys are mounted.
+    `once`: read once, print the report as JSON, and return; `service` is then not needed. `mig="observe"`: carry out no
+    orders. `state_dir`: where what was seen of the GPUs' health is kept over restarts. `nvml_in_process` does without
+    the child process and so without a deadline (simulated fleets). `proc` and `sys` are where the host's /proc and
+    /sys are mounted.
     """
     if not once and service is None:
         raise ValueError("an agent needs the URL of the service (or --once)")
+    boot = boot_id(proc) if state_dir is not None else ""
     reader: Reader = InProcess(proc=proc, sys=sys) if nvml_in_process else Child(proc=proc, sys=sys)
-    agent = Agent(node=node, reader=reader)
+    agent = Agent(
+        node=node,
+        reader=reader,
+        mig=mig,
+        memory=MemoryFile(state_dir, node=node, boot=boot),
+        patience=patience,
+        versions=node_versions(),
+        boot_id=boot,
+    )
     # A handler also where the default would do: process 1 of a container has no default for SIGTERM.
     for ending in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ending, _end)
@@ -186,8 +317,9 @@ def run_agent(
             return
         assert service is not None
         reports = Service(service, token_file=token_file, ca_file=ca_file)
+        orders = Service(service, token_file=token_file, ca_file=ca_file)
         log.info("agent of %s reports to %s every %g s", node, service, interval_seconds)
-        agent.run(reports, interval_seconds=interval_seconds)
+        agent.run(reports, orders=orders, interval_seconds=interval_seconds)
     finally:
         reader.close()
 

@@ -1,15 +1,19 @@
 """A deadline around NVML: it runs in a process of its own, since a call into a wedged driver may never return.
 
-    agent ── "read\\n" ──▶ child ── pynvml ──▶ driver
-          ◀── one line of JSON (Reading) ──
+    agent ── {"do": "read"} ───────────────────────▶ child ── pynvml ──▶ driver
+          ◀── a Reading, or "=": as the last one ──
+          ── {"do": "change", "orders": OrderList} ─▶
+          ◀── {"failed": [Failed, …]} ─────────────          one line of JSON each, one request at a time
 
         (none) ──look()──▶ reading ──answer──▶ idle ──look()──▶ reading
-           ▲                  │ deadline, or it died
-           │ dead             ▼
-           └─────────────── killed ── cannot be killed ──▶ abandoned: wait, never start a second
+           ▲                  │                  └──change()──▶ changing ──answer──▶ idle
+           │ dead             ▼ deadline, or it died               │
+           └─────────────── killed ◀───────────────────────────────┘
+                              └── cannot be killed ──▶ abandoned: wait, never start a second
 
 A process in uninterruptible sleep inside the driver cannot be killed. A second one would only get stuck beside
-it, so while the old one is there no new one starts.
+it, so while the old one is there no new one starts. The child compares what it read with what it last answered,
+since parsing 30 kB every five seconds was most of what a resting agent did.
 """
 
 from __future__ import annotations
@@ -26,10 +30,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Protocol
 
+from pydantic import BaseModel
+
 from app.agent.reading import Reading
+from app.report import Failed, OrderList
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +48,10 @@ START_DEADLINE_SECONDS = 120.0
 """For a child's first reading: without persistence mode each GPU is initialised (seconds each), and the far ends of
 NVLinks are asked for (33 ms per link, 5 s on an 8-GPU board)."""
 
+CHANGE_SECONDS = 20.0
+"""For carrying out one list. Removing an instance has been seen to take about a second, making one less; a bind
+waits 8 s, and what comes later is reported all the same."""
+
 BACKOFF_SECONDS = (1.0, 60.0)
 """Before a new child after a failure: the first wait, doubled each time up to the last."""
 
@@ -49,9 +61,19 @@ KILL_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1
 
 
+UNCHANGED = b"="
+"""The child's answer where it read just what it read before."""
+
+
+class Changed(BaseModel):
+    """The child's answer to a change: what of it failed."""
+
+    failed: tuple[Failed, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class NoAnswer:
-    """Why there is no new reading; `failed` is False while one is merely still under way."""
+    """Why there is no new reading, or no change; `failed` is False while one is merely still under way."""
 
     reason: str
     failed: bool
@@ -61,7 +83,10 @@ class Reader(Protocol):
     """Where the agent gets its readings from."""
 
     def look(self, wait_seconds: float) -> Reading | NoAnswer:
-        """A new reading, waiting for it at most so long."""
+        """A new reading, waiting for it at most so long. The same object as last time where nothing has changed."""
+
+    def change(self, orders: OrderList, seconds: float) -> tuple[Failed, ...] | NoAnswer:
+        """Carry out a list, waiting at most so long; what of it failed, or why nobody knows."""
 
     def close(self) -> None:
         """Let go of NVML."""
@@ -74,10 +99,18 @@ class InProcess:
         from app.agent.nvml import Nvml  # here, since an agent with a child never loads pynvml itself
 
         self._nvml = Nvml(proc=proc, sys=sys)
+        self._last = Reading()
 
     def look(self, wait_seconds: float) -> Reading | NoAnswer:
         """Read now, however long it takes."""
-        return self._nvml.read()
+        reading = self._nvml.read()
+        if reading != self._last:
+            self._last = reading
+        return self._last
+
+    def change(self, orders: OrderList, seconds: float) -> tuple[Failed, ...] | NoAnswer:
+        """Carry it out, however long it takes."""
+        return self._nvml.change(orders)
 
     def close(self) -> None:
         """End the NVML session."""
@@ -115,6 +148,7 @@ class Child:
         self._not_before = 0.0
         self._reason = ""
         self._buffer = b""
+        self._last: Reading | None = None
 
     @property
     def pid(self) -> int | None:
@@ -132,7 +166,7 @@ class Child:
             self._start()
         if self._asked_at is None:
             self._asked_at = now
-            if not self._ask():
+            if not self._send(b'{"do":"read"}\n', now + self._deadline):
                 return self._fail("NVML's process ended")
         due = self._asked_at + (self._deadline if self._answered else self._start_deadline)
         line = self._line(min(wait_seconds, max(0.0, due - now)))
@@ -141,6 +175,25 @@ class Child:
         if self._clock() >= due:
             return self._fail(f"NVML has not answered for {due - self._asked_at:.0f} s")
         return NoAnswer("NVML is still being read", failed=False)
+
+    def change(self, orders: OrderList, seconds: float = CHANGE_SECONDS) -> tuple[Failed, ...] | NoAnswer:
+        """Have the child carry it out. One that does not within so many seconds is ended, half-way or not.
+
+        A reading that is under way is waited for first; if it takes too long nothing is changed.
+        """
+        until = self._clock() + seconds
+        if self._process is None or self._asked_at is not None:
+            answer = self.look(seconds)
+            if isinstance(answer, NoAnswer):
+                return answer
+        request = b'{"do":"change","orders":%b}\n' % orders.model_dump_json().encode()
+        line = self._line(until - self._clock()) if self._send(request, until) else b""
+        if line is None:
+            return self._fail(f"NVML has not carried out orders within {seconds:.0f} s")
+        try:
+            return Changed.model_validate_json(line).failed
+        except ValueError:
+            return self._fail(self._nonsense(line))
 
     def close(self) -> None:
         """End the child, or leave it where it cannot be ended."""
@@ -151,14 +204,22 @@ class Child:
         command = [sys.executable, "-m", "app.agent.child", json.dumps(self._roots)]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0)  # noqa: S603 — ourselves
-        self._answered, self._asked_at, self._buffer = False, None, b""
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)
+        self._answered, self._asked_at, self._buffer, self._last = False, None, b"", None
         log.info("NVML runs in process %d", self._process.pid)
 
-    def _ask(self) -> bool:
+    def _send(self, request: bytes, until: float) -> bool:
+        """Whether the child has got all of it; one that is stopped does not empty its pipe."""
         assert self._process is not None
         assert self._process.stdin is not None
+        pipe = self._process.stdin.fileno()
         try:
-            self._process.stdin.write(b"read\n")
+            while request:
+                _, ready, _ = select.select([], [pipe], [], max(0.0, until - self._clock()))
+                if not ready:
+                    return False
+                request = request[os.write(pipe, request) :]
         except OSError:
             return False
         return True
@@ -168,7 +229,7 @@ class Child:
         assert self._process is not None
         assert self._process.stdout is not None
         pipe = self._process.stdout.fileno()
-        until = self._clock() + wait_seconds
+        until = self._clock() + max(0.0, wait_seconds)
         while b"\n" not in self._buffer:
             ready, _, _ = select.select([pipe], [], [], max(0.0, until - self._clock()))
             if not ready:
@@ -182,15 +243,19 @@ class Child:
 
     def _take(self, line: bytes) -> Reading | NoAnswer:
         try:
-            reading = Reading.model_validate_json(line)
+            reading = self._last if line == UNCHANGED and self._last else Reading.model_validate_json(line)
         except ValueError:
-            return self._fail(f"NVML's process {self._how_it_ended()}" if not line else "NVML's process talks nonsense")
+            return self._fail(self._nonsense(line))
         self._asked_at = None
         self._answered = True
         if reading.error:
             return self._fail(reading.error)
         self._failures = 0
+        self._last = reading
         return reading
+
+    def _nonsense(self, line: bytes) -> str:
+        return "NVML's process talks nonsense" if line else f"NVML's process {self._how_it_ended()}"
 
     def _how_it_ended(self) -> str:
         assert self._process is not None
@@ -237,16 +302,30 @@ class Child:
 
 
 def serve(roots: dict[str, str]) -> None:
-    """The child: read for each line that comes in, until the agent closes the pipe or dies."""
+    """The child: an answer for each line that comes in, until the agent closes the pipe or dies."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a hung call could not notice the closed pipe
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever a library prints must not get between the answers
     from app.agent.nvml import Nvml
 
     nvml = Nvml(proc=Path(roots["proc"]), sys=Path(roots["sys"]))
-    for _ in sys.stdin:
-        answers.write(nvml.read().model_dump_json() + "\n")
+    last = b""
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["do"] == "change":
+            failed = nvml.change(OrderList.model_validate(request["orders"]))
+            answer = Changed(failed=failed).model_dump_json().encode()
+        else:
+            read = nvml.read().model_dump_json().encode()
+            answer, last = (UNCHANGED if read == last else read), read
+        _write(answers, answer + b"\n")
     nvml.close()
+
+
+def _write(pipe: RawIOBase, answer: bytes) -> None:
+    view = memoryview(answer)
+    while view:
+        view = view[pipe.write(view) or 0 :]
 
 
 if __name__ == "__main__":

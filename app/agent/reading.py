@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from app.report import Gpu, Link
+from app.report import Gpu, Link, Signal
 
 GONE = "no longer listed by the driver"
 
@@ -69,11 +69,16 @@ def remember(known: tuple[Gpu, ...], reading: Reading) -> tuple[Gpu, ...]:
         last = missing.pop(unreadable.index, None) or Gpu(
             uuid=f"unknown-{unreadable.index}", index=unreadable.index, product="unknown", memory_mib=0
         )
-        gpus.append(last.model_copy(update={"health": "bad", "health_reason": unreadable.reason[:500]}))
+        gpus.append(_gone(last, "unreadable", unreadable.reason[:500]))
     for last in missing.values():
         if not last.uuid.startswith("unknown-"):
-            gpus.append(last.model_copy(update={"health": "bad", "health_reason": GONE}))
+            gpus.append(_gone(last, "lost", GONE))
     return _with_unique_indices(gpus)
+
+
+def _gone(last: Gpu, sign: str, reason: str) -> Gpu:
+    signals = (Signal(name=sign, state="bad", reason=reason),)
+    return last.model_copy(update={"health": "bad", "health_reason": reason, "signals": signals})
 
 
 def _with_unique_indices(gpus: list[Gpu]) -> tuple[Gpu, ...]:

@@ -1,27 +1,30 @@
-"""The agent's side of `POST /v1/reports`: one kept connection, the standard library's client.
+"""The agent's side of `POST /v1/reports` and `POST /v1/orders`: one kept connection, the standard library's client.
 
-httpx would cost an agent some 15 MiB for one kind of request. Proxies of the environment are not used: the
-service is in the cluster.
+httpx would cost an agent some 15 MiB for two kinds of request. Proxies of the environment are not used: the
+service is in the cluster. A request that is held open wants a connection of its own, so a second `Service`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
-import ssl
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
-from app.report import NodeReport, ReportReply, Unchanged
+from app.report import Listening, NodeReport, OrdersReply, ReportReply, Unchanged
 
 TIMEOUT_SECONDS = 5.0
-"""For connecting and for each answer. The service only puts the report into a table."""
+"""For connecting, and for each answer beyond what it may be held. The service only puts the report into a table."""
 
-MAX_ANSWER_BYTES = 64 * 1024
+MAX_ANSWER_BYTES = 1 << 20
+"""An order list for 8 GPUs of 7 slices is some 10 kB."""
+
+Reply = TypeVar("Reply", ReportReply, OrdersReply)
 
 
 class ReportError(Exception):
-    """The service could not be reached or did not take the report. `status` is 0 where there was no answer."""
+    """The service could not be reached or did not take it. `status` is 0 where there was no answer."""
 
     def __init__(self, text: str, status: int = 0) -> None:
         super().__init__(text)
@@ -29,7 +32,8 @@ class ReportError(Exception):
 
 
 class Service:
-    """Where reports go. The token is read for each report (the kubelet rotates it), the CA when connecting."""
+    """Where reports go and orders come from. The token is read for each request (the kubelet rotates it), the CA
+    when connecting. Not for two threads."""
 
     def __init__(
         self,
@@ -45,48 +49,58 @@ class Service:
         self._https = parts.scheme == "https"
         self._host = parts.hostname
         self._port = parts.port or (443 if self._https else 80)
-        self._path = parts.path.rstrip("/") + "/v1/reports"
+        self._root = parts.path.rstrip("/")
         self._token_file = token_file
         self._ca_file = ca_file
         self._timeout = timeout_seconds
         self._connection: http.client.HTTPConnection | None = None
 
     def post(self, report: NodeReport | Unchanged) -> ReportReply:
-        """Send it. Raises `ReportError`. A kept connection that was closed meanwhile is opened again, once."""
-        body = encode(report)
+        """Send it. Raises `ReportError`."""
+        return self._ask("/v1/reports", encode(report), self._timeout, ReportReply)
+
+    def listen(self, listening: Listening) -> OrdersReply:
+        """Wait for orders, as long as `listening` says. Raises `ReportError`."""
+        return self._ask("/v1/orders", encode(listening), listening.wait_seconds + self._timeout, OrdersReply)
+
+    def close(self) -> None:
+        """Close the connection; the next request opens a new one."""
+        if self._connection is not None:
+            with contextlib.suppress(OSError):
+                self._connection.close()
+            self._connection = None
+
+    def _ask(self, path: str, body: bytes, seconds: float, reply: type[Reply]) -> Reply:
+        """A kept connection that was closed meanwhile is opened again, once."""
         try:
             kept = self._connection is not None
             try:
-                status, answer = self._exchange(body)
+                status, answer = self._exchange(path, body, seconds)
             except (ConnectionError, http.client.HTTPException):
                 self.close()
                 if not kept:
                     raise
-                status, answer = self._exchange(body)
+                status, answer = self._exchange(path, body, seconds)
         except (OSError, ValueError, http.client.HTTPException) as error:
             self.close()
             raise ReportError(f"cannot reach {self._host}:{self._port}: {error or type(error).__name__}") from error
         if status != 200:
             raise ReportError(f"the service answers {status}: {answer.decode(errors='replace')[:300]}", status)
         try:
-            return ReportReply.model_validate_json(answer)
+            return reply.model_validate_json(answer)
         except ValueError as error:
             raise ReportError(f"the service's answer is not understood: {answer[:100]!r}", status) from error
 
-    def close(self) -> None:
-        """Close the connection; the next report opens a new one."""
-        if self._connection is not None:
-            with contextlib.suppress(OSError):
-                self._connection.close()
-            self._connection = None
-
-    def _exchange(self, body: bytes) -> tuple[int, bytes]:
+    def _exchange(self, path: str, body: bytes, seconds: float) -> tuple[int, bytes]:
         if self._connection is None:
             self._connection = self._connect()
         headers = {"Content-Type": "application/json"}
         if self._token_file is not None:
             headers["Authorization"] = f"Bearer {self._token_file.read_text().strip()}"
-        self._connection.request("POST", self._path, body, headers)
+        if self._connection.sock is None:
+            self._connection.connect()
+        self._connection.sock.settimeout(seconds)
+        self._connection.request("POST", self._root + path, body, headers)
         response = self._connection.getresponse()
         answer = response.read(MAX_ANSWER_BYTES)
         if response.will_close or not response.isclosed():
@@ -96,10 +110,12 @@ class Service:
     def _connect(self) -> http.client.HTTPConnection:
         if not self._https:
             return http.client.HTTPConnection(self._host, self._port, timeout=self._timeout)
+        import ssl  # only where it is used
+
         context = ssl.create_default_context(cafile=str(self._ca_file) if self._ca_file else None)
         return http.client.HTTPSConnection(self._host, self._port, timeout=self._timeout, context=context)
 
 
-def encode(report: NodeReport | Unchanged) -> bytes:
+def encode(message: NodeReport | Unchanged | Listening) -> bytes:
     """The bytes that go over the wire."""
-    return report.model_dump_json(by_alias=True).encode()
+    return message.model_dump_json(by_alias=True).encode()
