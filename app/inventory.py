@@ -52,6 +52,7 @@ class Inventory:
         self._entries: dict[str, Entry] = {}
         self._homes: dict[str, set[str]] = {}
         self._ownership: dict[str, Ownership] = {}
+        self._versions: dict[str, dict[str, str]] = {}
         self.geometries: set[Geometry] = set()
         """How boards in MIG mode can be cut, of every report so far: of MOST_GEOMETRIES about."""
 
@@ -99,6 +100,22 @@ class Inventory:
         if entry is not None:
             entry.node = self._node_of(entry.report)
         return True
+
+    def runs(self, name: str, versions: dict[str, str]) -> None:
+        """The Node object names the versions of what runs on the node; empty: the node is gone."""
+        if versions:
+            self._versions[name] = versions
+        else:
+            self._versions.pop(name, None)
+
+    def versions(self, name: str) -> dict[str, str]:
+        """The chain of versions on a node: driver, CUDA and NVML, kernel, container toolkit and runtime, kubelet."""
+        entry = self._entries.get(name)
+        if entry is None:
+            return dict(self._versions.get(name, {}))
+        report = entry.report
+        chain = {"driver": report.driver, "cuda": report.cuda, "nvml": report.nvml, **report.versions}
+        return {each: version for each, version in {**chain, **self._versions.get(name, {})}.items() if version}
 
     def slices_are_made(self, name: str) -> bool:
         """Whether the node's agent makes and removes slices when we tell it to."""

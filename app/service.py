@@ -35,6 +35,7 @@ from app.translate import (
     allocatable_of,
     mig_owner_of,
     resource_of_profile,
+    versions_of,
     write_placement,
 )
 from app.truth import Truth, readable
@@ -304,6 +305,8 @@ class Service:
         for name in self.truth.nodes_listed(names):
             self.offers.bar(name, "the API server has no such node")
             self.hosts.node_gives(name, None)
+            self.inventory.owned(name, Ownership())
+            self.inventory.runs(name, {})
 
     def _node_event(self, event: Event) -> None:
         name = event.object["metadata"]["name"]
@@ -311,6 +314,8 @@ class Service:
             self.truth.nodes.discard(name)
             self.offers.bar(name, "the API server has no such node")
             self.hosts.node_gives(name, None)
+            self.inventory.owned(name, Ownership())
+            self.inventory.runs(name, {})
             return
         self._node_gives(event.object)
         if name not in self.truth.nodes:
@@ -322,8 +327,9 @@ class Service:
         if self.inventory.owned(name, Ownership(*mig_owner_of(node))):
             self.offers.touch(name)
             self.truth.made_room(name)
+        self.inventory.runs(name, versions_of(node))
         given = allocatable_of(node)
-        self.hosts.node_gives(node["metadata"]["name"], None if given is None else Amount(*given))
+        self.hosts.node_gives(name, None if given is None else Amount(*given))
 
     # -- chores ---------------------------------------------------------------------------------------
 

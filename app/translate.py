@@ -507,6 +507,18 @@ def mig_owner_of(node: Json) -> tuple[str, str]:
     return owner, changing if state in ("pending", "rebooting") else ""
 
 
+NODE_INFO = {"kubeletVersion": "kubelet", "containerRuntimeVersion": "runtime", "kernelVersion": "kernel"}
+
+
+def versions_of(node: Json) -> dict[str, str]:
+    """What a v1.Node says of the software on it: kubelet, container runtime and kernel, where it does."""
+    status = node.get("status")
+    info = status.get("nodeInfo") if isinstance(status, Mapping) else None
+    if not isinstance(info, Mapping):
+        return {}
+    return {name: info[key] for key, name in NODE_INFO.items() if isinstance(info.get(key), str) and info[key]}
+
+
 def allocatable_of(node: Json) -> tuple[int, int] | None:
     """CPU (milli) and memory (MiB) that a v1.Node gives to pods; None where it does not say, or not readably.
 

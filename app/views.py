@@ -151,6 +151,7 @@ class Views:
             "orders": self._ordered(name),
             "driver": report.driver if report else "",
             "cuda": report.cuda if report else "",
+            "versions": self._inventory.versions(name),
             "gpus": [self._gpu(entry, gpu, holds) for gpu in report.gpus] if entry and report else [],
             "not_in_inventory": self._strays(entry, holds),
         }
@@ -254,6 +255,9 @@ class Views:
             "phase": phase,
             "pod": pod,
             "reason": reason,
+            "health": gpu.health,
+            "signals": [f"{each.name}: {each.state}: {each.reason}" for each in gpu.signals if each.state != "ok"],
+            "note": gpu.mig.note if gpu.mig else "",
             "mig": seen.geometry is not None,
             "width": seen.geometry.width if seen.geometry else 0,
             "slices": slices,

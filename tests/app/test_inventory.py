@@ -3,8 +3,9 @@
 import pytest
 
 from app.inventory import Inventory, node_of, users_of
-from app.report import Instance, Mig, NodeReport, Placement, Profile, Unchanged
+from app.report import Instance, Mig, NodeReport, Placement, Process, Profile, Unchanged
 from app.simulate import report_of
+from app.translate import versions_of
 from solver import Demand, Device, Slice
 from solver.fits import refusal
 from solver.samples import parse_samples, sample_node
@@ -143,3 +144,49 @@ def test_a_board_that_no_one_could_have_built_is_kept_back_in_words():
     refused = refusal(node, (), Demand.of(**{"p1.0": 5}))
     assert refused is not None
     assert not refused.resolvable
+
+
+# -- boards that nobody cuts, processes of nobody, and what runs on a node ------------------------------
+
+
+def test_a_board_that_nobody_cuts_has_the_places_that_exist_and_no_others():
+    said = report_of(sample_node("a", "4xA100PCIe-mig1"))
+    (board,) = [gpu for gpu in said.gpus if gpu.mig and gpu.mig.enabled]
+    assert board.mig is not None
+    there = (
+        Instance(profile="3g.40gb", gi_id=1, start=4, size=4, uuid="MIG-1"),
+        Instance(profile="1g.10gb", gi_id=2, start=0, size=1, uuid="MIG-2"),
+        Instance(profile="1g.10gb", gi_id=3, start=1, size=1, uuid=None),
+    )
+    cut = board.model_copy(update={"mig": board.mig.model_copy(update={"instances": there})})
+    node = node_of(said.model_copy(update={"gpus": (*said.gpus[:3], cut)}), as_it_is=True)
+
+    geometry = node.gpus[3].geometry
+    assert geometry is not None
+    assert {(profile.name, profile.starts) for profile in geometry.profiles} == {("3g.40gb", (4,)), ("1g.10gb", (0,))}
+
+
+def test_a_process_of_no_pod_keeps_its_gpu_back_where_pods_can_be_seen():
+    said = report_of(sample_node("a", "4xL4"))
+    processes = (Process(pid=7), Process(pid=8, kind="graphics"), Process(pid=9, pod="uid-p"))
+    busy = said.gpus[0].model_copy(update={"processes": processes, "pods": ("uid-p",)})
+    said = said.model_copy(update={"gpus": (busy, *said.gpus[1:])})
+
+    assert users_of(said) == {Device(busy.uuid): {"uid-p"}}
+    assert users_of(said.model_copy(update={"sees_pods": True})) == {Device(busy.uuid): {"uid-p", "process 7"}}
+
+
+def test_the_chain_of_versions_has_what_agent_and_api_server_say():
+    inventory = Inventory(stale_seconds=30)
+    said = report_of(sample_node("a", "4xL4"))
+    inventory.accept(said.model_copy(update={"versions": {"toolkit": "1.18.0", "kernel": "6.8"}}), now=0)
+    inventory.runs("a", versions_of({"status": {"nodeInfo": {"kubeletVersion": "v1.37.1", "kernelVersion": "6.8.0"}}}))
+
+    assert inventory.versions("a") == {
+        "driver": said.driver,
+        "cuda": said.cuda,
+        "nvml": said.nvml,
+        "toolkit": "1.18.0",
+        "kernel": "6.8.0",
+        "kubelet": "v1.37.1",
+    }
