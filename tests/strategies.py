@@ -36,13 +36,26 @@ def geometries(draw: st.DrawFn) -> Geometry:
 
 
 @st.composite
+def crowded_geometries(draw: st.DrawFn) -> Geometry:
+    """Boards with a place at every unit and two engines that run out long before units do."""
+    width = draw(st.integers(4, 6))
+    amounts = st.integers(0, 2)
+    profiles = [
+        Profile(f"1u.{i}", i, 1, tuple(range(width)), 0, 1000, (("dec", draw(amounts)), ("enc", draw(amounts))))
+        for i in range(draw(st.integers(2, 3)))
+    ]
+    totals = (("dec", draw(st.integers(2, 4))), ("enc", draw(st.integers(2, 4))))
+    return Geometry(width, width, tuple(profiles), totals)
+
+
+@st.composite
 def nodes(draw: st.DrawFn, name: str = "n", largest: int = 4, real: bool = True) -> Node:
     """A node of a few GPUs of two kinds, some in MIG mode with idle instances, some withheld, wired at random.
 
     CPU and memory of some are known, and short.
     """
     size = draw(st.integers(1, largest))
-    kinds = st.sampled_from((A30, A100)) if real else geometries()
+    kinds = st.sampled_from((A30, A100)) if real else st.one_of(geometries(), crowded_geometries())
     geometry = draw(kinds)
     gpus = []
     for i in range(size):

@@ -64,7 +64,6 @@ class Board:
         self.node = node
         self.in_mig_mode = gpu.mig is not None and gpu.mig.enabled
         self.shapes: dict[str, Shape] = {}
-        self.there: set[Piece] = set()
         self.totals: dict[str, int] = {}
         if gpu.mig is None or not self.in_mig_mode:
             return
@@ -77,9 +76,6 @@ class Board:
             for what, count in profile.engines.items():
                 self.totals[what] = max(self.totals.get(what, 0), count * max(1, profile.max_instances))
         self.totals["compute slices"] = max(shape.takes["compute slices"] for shape in self.shapes.values())
-        for instance in gpu.mig.instances:
-            if instance.start is not None:
-                self.there.add(Piece(self.uuid, instance.profile.replace("+", "."), instance.start))
 
     def fault(self, pieces: Sequence[Piece]) -> str:
         """Why these pieces cannot all be given out on this board; empty if they can.

@@ -26,7 +26,7 @@ from solver.products import PRODUCTS, Product, product
 from solver.steps import slice_steps
 from tests.builders import A30, A100, H100, RTX
 from tests.solver.brute import fewest_removed
-from tests.strategies import REAL, geometries
+from tests.strategies import REAL, crowded_geometries, geometries
 
 CLASSIC = ["1g.10gb", "2g.20gb", "3g.40gb", "4g.40gb", "7g.80gb"]
 CUTTABLE = [found for found in PRODUCTS if found.geometry is not None]
@@ -194,10 +194,10 @@ def test_instances_that_cannot_all_exist_are_said_so() -> None:
 @st.composite
 def boards_and_slices(draw: st.DrawFn) -> tuple[Geometry, list[Slice], frozenset[Slice]]:
     """A board, slices that can be held together in the order of their coming, and what stands on it idle."""
-    geometry = draw(st.one_of(st.sampled_from(REAL), geometries()))
+    geometry = draw(st.one_of(st.sampled_from(REAL), geometries(), crowded_geometries()))
     places = st.sampled_from(sorted(grid(geometry).blocks))
     there: list[Slice] = []
-    for slice_ in draw(st.lists(places, max_size=7)):
+    for slice_ in draw(st.lists(places, min_size=draw(st.sampled_from((0, 4, 7))), max_size=7)):
         if slice_ not in there and not faults(geometry, [*there, slice_]):
             there.append(slice_)
     wanted: list[Slice] = []
