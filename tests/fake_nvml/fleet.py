@@ -2,7 +2,7 @@
 
     with Fleet(directory, service="http://127.0.0.1:8000", interval_seconds=1.0) as fleet:
         fleet.start(sample_node("a", "8xH100"))
-        fleet.silence("a"); fleet.resume("a"); fleet.stop("a")
+        fleet.silence("a"); fleet.resume("a"); fleet.stop("a"); fleet.start("a"); fleet.reboot("a")
         fleet.describe("a", description.with_gpu(3, lost=True))
 
 One Python process imports everything once and forks for each node; each fork loads the real pynvml and the real
@@ -28,11 +28,13 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from app.agent.memory import BOOT_ID
 from solver.cluster import Node
 from tests.fake_nvml.build import build
 from tests.fake_nvml.describe import NodeDescription, describe
@@ -44,7 +46,8 @@ INITIAL_PID_NAMESPACE = "pid:[4026531836]"
 class Fleet:
     """Simulated GPU nodes, each with a real agent. Files are under `directory`; a closed fleet leaves no process.
 
-    `token_file` and `ca_file` are as for `tangram agent`; "{node}" in `token_file` stands for the node's name.
+    `token_file`, `ca_file`, `mig` and `patience` are as for `tangram agent`; "{node}" in `token_file` stands for the
+    node's name. Each agent remembers in a folder of its own (`state`), and each node has its own boot id.
     """
 
     def __init__(
@@ -55,12 +58,15 @@ class Fleet:
         interval_seconds: float = 1.0,
         token_file: Path | None = None,
         ca_file: Path | None = None,
+        mig: str = "make",
+        patience: float = 1.0,
     ) -> None:
         self._directory = directory
         self._directory.mkdir(parents=True, exist_ok=True)
         self._pids: dict[str, int] = {}
         self._log = (directory / "agents.log").open("ab")
         options = ["--service", service, "--interval", str(interval_seconds), "--directory", str(directory)]
+        options += ["--mig", mig, "--patience", str(patience)]
         if token_file is not None:
             options += ["--token-file", str(token_file)]
         if ca_file is not None:
@@ -130,6 +136,18 @@ class Fleet:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._pids.pop(name), signal.SIGKILL)
 
+    def reboot(self, name: str, description: NodeDescription | None = None) -> int:
+        """The node goes down and comes up again, as described (else as it was): another boot id, a new agent."""
+        self.stop(name)
+        if description is not None:
+            self.describe(name, description)
+        new_boot(self.processes_root(name))
+        return self.start(name)
+
+    def state(self, name: str) -> Path:
+        """The folder where the agent keeps what it remembers."""
+        return _state(self._directory, name)
+
     def memory_kib(self, name: str) -> int:
         """What the agent uses for itself: private pages, not those it shares with the others."""
         rollup = Path(f"/proc/{self._pids[name]}/smaps_rollup").read_text().splitlines()
@@ -174,8 +192,19 @@ def write_cgroup(proc: Path, pid: int, pod_uid: str, *, systemd: bool = True) ->
     (proc / str(pid) / "cgroup").write_text(f"0::{path}\n")
 
 
+def new_boot(proc: Path) -> str:
+    """Give the node whose /proc this is another boot id, as a reboot does."""
+    file = proc / BOOT_ID
+    file.parent.mkdir(parents=True, exist_ok=True)
+    boot = str(uuid.uuid4())
+    file.write_text(boot + "\n")
+    return boot
+
+
 def host_proc(proc: Path) -> Path:
-    """A /proc in the host's PID namespace, with no process yet."""
+    """A /proc in the host's PID namespace, with no process yet; it keeps its boot id."""
+    if not (proc / BOOT_ID).exists():
+        new_boot(proc)
     (proc / "self/ns").mkdir(parents=True, exist_ok=True)
     link = proc / "self/ns/pid"
     if not link.is_symlink():
@@ -189,6 +218,10 @@ def _description(directory: Path, name: str) -> Path:
 
 def _proc(directory: Path, name: str) -> Path:
     return host_proc(directory / f"{name}.proc")
+
+
+def _state(directory: Path, name: str) -> Path:
+    return directory / f"{name}.state"
 
 
 # ---- the nursery: the process that forks ----
@@ -226,6 +259,7 @@ def _agent(name: str, directory: Path, options: argparse.Namespace) -> None:
     import random
 
     from app.agent.agent import run_agent
+    from app.agent.health import Patience
 
     status = 1
     try:
@@ -244,6 +278,9 @@ def _agent(name: str, directory: Path, options: argparse.Namespace) -> None:
             interval_seconds=options.interval,
             token_file=token,
             ca_file=options.ca_file,
+            mig=options.mig,
+            state_dir=_state(directory, name),
+            patience=Patience().scaled(options.patience),
             nvml_in_process=True,
             proc=_proc(directory, name),
             sys=directory / f"{name}.sys",
@@ -265,6 +302,8 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--token-file", type=Path)
     parser.add_argument("--ca-file", type=Path)
+    parser.add_argument("--mig", choices=("observe", "make"), default="make")
+    parser.add_argument("--patience", type=float, default=1.0)
     _nursery(parser.parse_args())
 
 
