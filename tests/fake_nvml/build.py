@@ -20,7 +20,21 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCES = (HERE / "nvml_fake.h", HERE / "description.c", HERE / "nvml_fake.c")
+SOURCES = tuple(
+    HERE / name
+    for name in (
+        "nvml_fake.h",
+        "nvml_fake.c",
+        "device.c",
+        "links.c",
+        "mig.c",
+        "events.c",
+        "call.c",
+        "state.c",
+        "description.c",
+        "control.c",
+    )
+)
 TOOLCHAIN_LOCK = HERE.parents[1] / "requirements-toolchain.lock"
 SONAME = "libnvidia-ml.so.1"  # what pynvml asks the loader for
 FLAGS = ("-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread")
