@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 INITIAL_PID_NAMESPACE = "pid:[4026531836]"
@@ -29,20 +28,16 @@ class Pods:
         except OSError:
             return False
 
-    def of(self, pids: Iterable[int]) -> tuple[str, ...]:
-        """UIDs of the pods that these processes belong to, sorted; what belongs to none, or has ended, is left out.
+    def of(self, pid: int) -> str:
+        """The UID of the pod that this process belongs to; empty where it belongs to none, or has ended.
 
-        Empty where PIDs are not the host's: a wrong pod would be worse than none.
+        Empty as well where PIDs are not the host's: a wrong pod would be worse than none.
         """
-        pids = set(pids)
-        if not pids or not self.host_pids():
-            return ()
-        return tuple(sorted({uid for pid in pids if (uid := self._pod(pid))}))
-
-    def _pod(self, pid: int) -> str | None:
+        if not self.host_pids():
+            return ""
         try:
             cgroups = (self._proc / str(pid) / "cgroup").read_text(errors="replace")
         except OSError:
-            return None
+            return ""
         found = _POD.findall(cgroups)
-        return found[-1].replace("_", "-") if found else None  # the innermost: a kubelet may run inside a pod
+        return found[-1].replace("_", "-") if found else ""  # the innermost: a kubelet may run inside a pod
