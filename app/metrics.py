@@ -39,6 +39,13 @@ class Metrics:
             buckets=BUCKETS,
             registry=self.registry,
         )
+        self.slice_seconds = Histogram(
+            "tangram_slices_made_seconds",
+            "Time that a bind waited for its MIG slices, those refused included",
+            ["outcome"],
+            buckets=BUCKETS,
+            registry=self.registry,
+        )
         self.wakes = Counter("tangram_wakes", "Nodes touched to wake refused pods", registry=self.registry)
         self.registry.register(_Now(gauges))
 
@@ -47,6 +54,10 @@ class Metrics:
         """Count the time of one request."""
         with self.seconds.labels(verb).time():
             yield
+
+    def slices_waited(self, made: bool, seconds: float) -> None:
+        """Count a wait for slices."""
+        self.slice_seconds.labels("made" if made else "refused").observe(seconds)
 
     def plan_made(self, plan: JointPlan, seconds: float) -> None:
         """Count a plan and what it took in all."""

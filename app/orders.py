@@ -71,6 +71,7 @@ class Orders:
         service: str,
         ready: Callable[[], bool],
         beat: Callable[[Unchanged], bool],
+        waited: Callable[[bool, float], None],
         clock: Callable[[], float],
         slice_seconds: float,
         idle_seconds: float,
@@ -83,13 +84,13 @@ class Orders:
         self._service = service
         self._ready = ready
         self._beat = beat
+        self._waited = waited
         self._clock = clock
         self._slice_seconds = slice_seconds
         self._idle_seconds = idle_seconds
         self._retry_seconds = retry_seconds
         self._longest_hold = stale_seconds / HELD_PART
         self._desks: dict[str, Desk] = {}
-        self.made_count = 0
         self.failed_count = 0
 
     # -- agents ---------------------------------------------------------------------------------------
@@ -163,9 +164,15 @@ class Orders:
         """
         if all(device.slice is None for device in placement.devices):
             return {}
+        began = self._clock()
+        result = await self._made(uid, placement, began)
+        if self._inventory.slices_are_made(placement.node):
+            self._waited(not isinstance(result, Refusal), self._clock() - began)
+        return result
+
+    async def _made(self, uid: str, placement: Placement, began: float) -> Mapping[Device, str] | Refusal:
         name = placement.node
         self.refresh([name])
-        began = self._clock()
         first_version = self._desks[name].orders.version if name in self._desks else 0
         while True:
             entry = self._inventory.get(name)

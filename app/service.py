@@ -74,6 +74,7 @@ class Service:
             service=self.id,
             ready=lambda: not self.waiting_for(),
             beat=self.beat,
+            waited=lambda made, seconds: self.metrics.slices_waited(made, seconds),
             clock=clock,
             slice_seconds=settings.slice_seconds,
             idle_seconds=settings.idle_slice_seconds,
