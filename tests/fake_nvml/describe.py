@@ -4,8 +4,10 @@
 
     description = describe(node).with_gpu(3, lost=True).with_rules("hang nvmlDeviceGetName")
 
-Facts that a solver's `Node` does not have are filled in: architecture and MIG capability from `solver.products`,
-NVLinks from the bandwidths, SM counts by feel (nothing reads them).
+Facts that a solver's `Node` does not have are filled in: architecture, power limit and MIG capability from
+`solver.products`, NVLinks from the bandwidths, the fabric and the tray where the product is built into an NVL72,
+SM counts, CPU ranges and serial numbers by feel (nothing reads them). What goes wrong on a node while agents look
+at it, and what else happens there, is said through `control`.
 """
 
 from __future__ import annotations
@@ -19,16 +21,24 @@ from pathlib import Path
 
 from solver.cluster import Gpu, Node
 from solver.geometry import Geometry, Profile
-from solver.products import PRODUCTS
+from solver.products import PRODUCTS, Product
 from solver.topology import PCIE_GBS
 
 ARCHITECTURES = {"volta": 5, "turing": 6, "ampere": 7, "ada": 8, "hopper": 9, "blackwell": 10}  # nvml.h
 ANCESTORS = {"internal": 0, "single": 10, "multiple": 20, "hostbridge": 30, "node": 40, "system": 50}  # nvml.h
 NVLINK_MBPS = {"volta": 25781, "ampere": 25000, "hopper": 26562, "blackwell": 53125}  # as `nvidia-smi nvlink -s`
 NVLINK_GBS_BOTH_WAYS = {"volta": 50, "ampere": 50, "hopper": 50, "blackwell": 100}
+NVLINK_VERSIONS = {"volta": 2, "ampere": 5, "hopper": 6, "blackwell": 7}  # nvml.h's enum; A100: hwloc issue 658
+BRAND_TESLA, BRAND_NVIDIA_RTX, BRAND_NVIDIA = 2, 13, 14
 NVML_MAX_LINKS = 36
 REMOTE_GPU, REMOTE_SWITCH, REMOTE_UNKNOWN = 0, 2, 255
 RESERVED_MIB = 512
+IN_NVL72 = ("NVIDIA GB200", "NVIDIA GB300")
+MODULE_IDS = (2, 1, 4, 3)  # of a GB200 tray's GPUs in index order, as listed
+ENGINES = ("decoder", "encoder", "jpeg", "ofa")
+NO_CLUSTER = "00000000-0000-0000-0000-000000000000"
+ALL_WELL = 2 | 2 << 2 | 2 << 4 | 2 << 6 | 1 << 8 | 1 << 12 | 1 << 14
+"""Fabric health: no degraded bandwidth, routes well, configuration right, partition and fabric manager there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +72,39 @@ class Process:
     pid: int
     instance: int = -1
     kind: str = "c"
+    used_mib: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Fabric:
+    """The NVLink fabric beyond the node: NVML's state (3: completed), and who shares it (HGX: no cluster)."""
+
+    cluster: str = NO_CLUSTER
+    clique: int = 0
+    state: int = 3
+    status: int = 0
+    mask: int = ALL_WELL
+    summary: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Tray:
+    """Where a GPU is in a rack."""
+
+    module: int
+    slot: int = 1
+    tray: int = 0
+    host: int = 1
+    chassis: str = "1820000000001"
 
 
 @dataclass(frozen=True, slots=True)
 class GpuDescription:
     """One GPU as the fake shows it. `geometry` None: no MIG on this board.
 
-    `lost` True: every call on its handle fails; "index": not even a handle can be had.
+    `lost` True: every call on its handle fails; "index": not even a handle can be had. `ecc` and `recovery` None: board
+    or driver do not have that. `cpus` are the first and last of its NUMA node and of its socket. `facts` are further
+    lines of `description.c`, such as "rows 0 1 1 0".
     """
 
     uuid: str
@@ -88,6 +124,21 @@ class GpuDescription:
     instances: tuple[Instance, ...] = ()
     processes: tuple[Process, ...] = ()
     lost: bool | str = False
+    serial: str = ""
+    part: str = ""
+    brand: int = BRAND_NVIDIA
+    watts: int = 0
+    ecc: bool | None = True
+    ecc_pending: bool | None = None
+    recovery: int | None = None
+    compute_mode: int = 0
+    persistence: bool = True
+    gpu_numa: int | None = None
+    cpus: tuple[int, int, int, int] | None = None
+    nvlink_version: int = 0
+    fabric: Fabric | None = None
+    tray: Tray | None = None
+    facts: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """This GPU's part of the description."""
@@ -100,27 +151,52 @@ class GpuDescription:
             f"minor {self.minor}",
             f"architecture {ARCHITECTURES[self.architecture]}",
             f"capability {major} {minor}",
+            f"brand {self.brand}",
+            f"compute_mode {self.compute_mode}",
+            f"persistence {int(self.persistence)}",
+            f"power {1000 * self.watts} {100 * self.watts}",
         ]
+        lines += [f"{word} {text}" for word, text in (("serial", self.serial), ("part", self.part)) if text]
+        if self.ecc is not None:
+            lines.append(f"ecc {int(self.ecc)} {int(self.ecc if self.ecc_pending is None else self.ecc_pending)}")
+        if self.recovery is not None:
+            lines.append(f"recovery {self.recovery}")
+        if self.gpu_numa is not None:
+            lines.append(f"gpu_numa {self.gpu_numa}")
+        if self.cpus is not None:
+            lines.append(f"cpus {' '.join(map(str, self.cpus))}")
         if self.numa is not None:
             lines.append(f"numa {self.numa}")
         if self.lost:
             lines.append(f"lost {2 if self.lost == 'index' else 1}")
         if self.link_mbps:
-            lines.append(f"speed {self.link_mbps}")
+            lines += [f"speed {self.link_mbps}", f"nvlink_version {self.nvlink_version}"]
         for number, end in enumerate(self.links):
             lines.append(f"link {number} {int(end.active)} {end.remote_type} {end.remote_bus_id}")
+        if self.fabric is not None:
+            f = self.fabric
+            lines.append(f"fabric {f.state} {f.status} {f.clique} {f.mask} {f.summary} {f.cluster}")
+        if self.tray is not None:
+            t = self.tray
+            lines.append(f"platform {t.slot} {t.tray} {t.host} 1 {t.module} {t.chassis}")
         if self.geometry is not None:
             lines += self._mig_lines(self.geometry)
-        lines += [f"process {process.kind} {process.pid} {process.instance}" for process in self.processes]
-        return lines
+        for process in self.processes:
+            lines.append(f"process {process.kind} {process.pid} {process.instance} {process.used_mib}")
+        return [*lines, *self.facts]
 
     def _mig_lines(self, geometry: Geometry) -> list[str]:
         pending = self.mig if self.mig_pending is None else self.mig_pending
-        lines = [f"mig {int(self.mig)} {int(pending)}", f"profiles_need_mig {int(self.profiles_need_mig)}"]
+        totals = dict(geometry.engines)
+        lines = [
+            f"mig {int(self.mig)} {int(pending)}",
+            f"profiles_need_mig {int(self.profiles_need_mig)}",
+            f"board {geometry.width} {geometry.compute_slices} {' '.join(str(totals.get(e, -1)) for e in ENGINES)}",
+        ]
         profiles = {profile.name: profile for profile in geometry.profiles}
         for profile in geometry.profiles:
             engines = dict(profile.engines)
-            media = " ".join(str(engines.get(name, 0)) for name in ("decoder", "encoder", "jpeg", "ofa"))
+            media = " ".join(str(engines.get(name, 0)) for name in ENGINES)
             lines.append(
                 f"profile {enum_of(profile, geometry)} {profile.id} {profile.compute_slices} {profile.memory_mib} "
                 f"{14 * profile.compute_slices} {profile.compute_slices} {media} "
@@ -145,6 +221,8 @@ class GpuDescription:
 class NodeDescription:
     """A whole node. `ancestors` has PCIe classes by pair of GPU positions; pairs that are not there are SYS.
 
+    `privileged` False: an ordinary user, who cannot list instances; `configures` False: who can list, but not change.
+
     `rules` are lines like `delay nvmlDeviceGetName 30`, `hang nvmlDeviceGetName`, `fail nvmlDeviceGetName 15 2`.
     """
 
@@ -153,6 +231,7 @@ class NodeDescription:
     nvml: str = "13.580.95.05"
     cuda: int = 13000
     privileged: bool = True
+    configures: bool = True
     ancestors: Mapping[tuple[int, int], str] = field(default_factory=dict)
     rules: tuple[str, ...] = ()
 
@@ -172,6 +251,7 @@ class NodeDescription:
             f"nvml {self.nvml}",
             f"cuda {self.cuda}",
             f"privileged {int(self.privileged)}",
+            f"configures {int(self.configures)}",
             *self.rules,
         ]
         for gpu in self.gpus:
@@ -190,6 +270,7 @@ class NodeDescription:
 def describe(node: Node) -> NodeDescription:
     """The node as its NVML would show it: idle, healthy, with the instances that the sample has."""
     bus_ids = [bus_id(index) for index in range(len(node.gpus))]
+    numa_nodes = 1 + max((gpu.numa or 0 for gpu in node.gpus), default=0)
     products = {product.name: product for product in PRODUCTS}
     gpus = []
     for position, gpu in enumerate(node.gpus):
@@ -211,9 +292,51 @@ def describe(node: Node) -> NodeDescription:
                 geometry=gpu.geometry or product.geometry,
                 mig=gpu.geometry is not None,
                 instances=_instances(gpu),
+                serial=_serial(node, position),
+                part=f"900-{product.memory_mib:05}-0000-000",
+                brand=_brand(product.name),
+                watts=product.watts,
+                recovery=0 if product.architecture in ("hopper", "blackwell") else None,
+                gpu_numa=2 + 8 * position if product.name in IN_NVL72 else None,
+                cpus=_cpus(gpu.numa, numa_nodes, grace=product.name in IN_NVL72),
+                nvlink_version=NVLINK_VERSIONS.get(product.architecture, 0),
+                fabric=_fabric(product, links),
+                tray=Tray(MODULE_IDS[position % 4]) if product.name in IN_NVL72 else None,
             )
         )
     return NodeDescription(gpus=tuple(gpus), ancestors=_ancestors(node))
+
+
+def _serial(node: Node, position: int) -> str:
+    """The board's: two GPUs of a superchip share it."""
+    board = position // 2 if node.gpus[position].product in IN_NVL72 else position
+    return f"{uuid.uuid5(uuid.NAMESPACE_OID, f'{node.name}/{board}').int % 10**13:013}"
+
+
+def _brand(name: str) -> int:
+    return BRAND_TESLA if name.startswith("Tesla") else BRAND_NVIDIA_RTX if " RTX " in name else BRAND_NVIDIA
+
+
+def _cpus(numa: int | None, numa_nodes: int, *, grace: bool) -> tuple[int, int, int, int] | None:
+    """Two sockets; of more NUMA nodes than two, each socket has one half."""
+    if numa is None:
+        return None
+    each = 72 if grace else 56 if numa_nodes <= 2 else 16
+    per_socket = max(1, numa_nodes // 2)
+    socket = numa // per_socket
+    last = each * per_socket * (socket + 1) - 1
+    return each * numa, each * (numa + 1) - 1, each * per_socket * socket, last
+
+
+def _fabric(product: Product, links: tuple[LinkEnd, ...]) -> Fabric | None:
+    """Hopper and later with NVSwitches; in an NVL72 all trays are one clique of one cluster."""
+    if product.architecture not in ("hopper", "blackwell") or not any(
+        end.remote_type == REMOTE_SWITCH for end in links
+    ):
+        return None
+    if product.name in IN_NVL72:
+        return Fabric(cluster=str(uuid.uuid5(uuid.NAMESPACE_OID, "rack 1")))
+    return Fabric()
 
 
 def bus_id(index: int) -> str:
