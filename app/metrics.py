@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -31,6 +31,7 @@ class Metrics:
         )
         self.reports = Counter("tangram_reports", "Agents' reports", ["kind"], registry=self.registry)
         self.listens = Counter("tangram_listens", "Agents' requests for orders", ["kind"], registry=self.registry)
+        self.held = Gauge("tangram_held_requests", "Agents that wait for orders now", registry=self.registry)
         self.plans = Counter("tangram_plans", "Joint plans by how they ended", ["status"], registry=self.registry)
         self.plan_seconds = Histogram(
             "tangram_plan_seconds",

@@ -117,7 +117,8 @@ def agent_routes(service: Service, trust: Trust, *, closing: asyncio.Event) -> A
     @router.post("/v1/orders")
     async def hand_out_orders(request: Request) -> OrdersReply:
         listening = await _said(request, read_listening, limit=ORDERS_LIMIT_BYTES, trust=trust, counter=listens)
-        reply = await _held(request, service.orders.listen(listening), closing=closing)
+        with service.metrics.held.track_inprogress():
+            reply = await _held(request, service.orders.listen(listening), closing=closing)
         if reply is None:
             listens.labels("ended").inc()
             raise HTTPException(503, "the service is stopping, or you were gone before there was an answer")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -195,3 +197,19 @@ def test_output_has_no_hostile_markup(service: str) -> None:
     _post(f"{service}/filter", go_json({"Pod": pod_object(pod), "NodeNames": ["8xh100-0"]}))
 
     assert "[red]x[/red]" in tangram("explain", "uid-markup", url=service).stdout
+
+
+# -- a whole service -----------------------------------------------------------------------------------
+
+
+def test_stopping_waits_for_no_held_request(tmp_path: Path) -> None:
+    """Each agent keeps one open; a restart must not take as long as they may be held."""
+    asked = {"node": "8xh100-0", "boot": "simulated", "version": 1, "wait_seconds": 60}
+    with ThreadPoolExecutor(1) as apart:
+        with serving(tmp_path, "8xH100:1") as url:
+            held = apart.submit(httpx.post, f"{url}/v1/orders", json=asked, timeout=60, trust_env=False)
+            while "tangram_held_requests 1.0" not in httpx.get(f"{url}/metrics", trust_env=False).text:
+                assert not held.done(), held.result().text
+            stopped = time.monotonic()
+        assert time.monotonic() - stopped < 5
+        assert held.result().status_code == 503

@@ -371,6 +371,9 @@ class Cluster:
 class ControlPlane(Cluster):
     """A whole control plane on loopback, in about three seconds, with real RBAC and service accounts."""
 
+    signing_key: Path
+    """With which it signs service accounts' tokens."""
+
     def _start(self) -> None:
         self._authority = Authority(self.directory)
         self._serving = self._authority.server("loopback")
@@ -443,7 +446,7 @@ class ControlPlane(Cluster):
             "max-requests-inflight": 4000,  # a burst of pods is to meet kube-scheduler's limits, not these
             "max-mutating-requests-inflight": 2000,
         }
-        self._signing_key = private_key
+        self.signing_key = private_key
         self._launch("kube-apiserver", self._program("kube-apiserver", flags), f"{self.api_url}/readyz")
 
     def _start_controller_manager(self) -> None:
@@ -457,7 +460,7 @@ class ControlPlane(Cluster):
             "tls-private-key-file": key,
             "leader-elect": "false",
             "use-service-account-credentials": "true",
-            "service-account-private-key-file": self._signing_key,
+            "service-account-private-key-file": self.signing_key,
             "root-ca-file": self._authority.certificate_file,
             "kube-api-qps": CLIENT_QPS,
             "kube-api-burst": CLIENT_QPS,

@@ -2,12 +2,13 @@
 
     ControlPlane ── KWOK nodes
          ▲  ▲
-         │  └── tangram serve ◀── reports ── agents (real ones on the fake NVML library, or posted ones)
+         │  └── tangram serve ◀── reports over TLS, with tokens ── agents (real ones on the fake NVML library)
          │      (own account)
          └───── kube-scheduler ── extender verbs over mutual TLS ──▶ tangram serve
 
 What is shipped is what runs: the RBAC and the admission policy of manifests/base, and the kube-scheduler
-configuration that `tangram manifests` generates, changed only in where the service is found.
+configuration that `tangram manifests` generates, changed only in where the service is found. Each real agent has a
+pod on its node (KWOK plays it) and that pod's token, as the kubelet would fetch it for the DaemonSet's pod.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from app.certs import create_certificates
 from app.manifests import Form, scheduler_configuration
 from app.report import NodeReport
 from app.simulate import report_of
+from app.trust import AUDIENCE
 from solver import Node
 from tests.e2e.cluster import SCHEDULER, Cluster, free_port, open_cluster
 from tests.e2e.nodes import KubernetesObject, gpu_node, gpu_pod
@@ -43,6 +45,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 BASE = REPOSITORY / "manifests" / "base"
 
 SERVICE = "tangram"
+AGENT_ACCOUNT = "tangram-agent"
 GPU = "nvidia.com/gpu"
 MIG = "nvidia.com/mig-"
 PLACEMENT = "tangram.gpu/placement"
@@ -61,7 +64,7 @@ APPLIED = (
 
 READY_SECONDS = 60.0
 POLL_SECONDS = 0.1
-TOKEN_SECONDS = 30 * 24 * 3600  # `make cluster` may stay up for long, and nobody renews this token
+TOKEN_SECONDS = 30 * 24 * 3600  # `make cluster` may stay up for long, and nobody renews these tokens
 
 Found = TypeVar("Found")
 
@@ -74,6 +77,8 @@ class Knobs:
     stale_seconds: float = 5.0
     orphan_seconds: float = 4.0
     lease_seconds: float = 15.0
+    unauthenticated_agents: bool = False
+    """Agents are believed without a token, over plain HTTP: for reports that the test posts itself."""
     options: Mapping[str, str] = field(default_factory=dict)
     """Further options of `tangram serve`, without the dashes."""
 
@@ -116,7 +121,7 @@ class Stack:
     ) -> None:
         """`form` is which shipped kube-scheduler configuration runs (None: none is started).
 
-        `gateways` puts a TCP relay before the API server (for the service only), before the service's public
+        `gateways` puts a TCP relay before the API server (for the service only), before the service's agents'
         and before its extender listener, so that a test can cut and turn connections. `port` is the
         public listener's (0: a free one).
         """
@@ -165,14 +170,13 @@ class Stack:
         self.cluster.add_nodes(kubernetes_node(node) for node in self.nodes)
         if self._with_gateways:
             self.api_gateway = self._closing.enter_context(Gateway(_port_of(self.cluster.api_url)))
-            self.public_gateway = self._closing.enter_context(Gateway())
+            self.agents_gateway = self._closing.enter_context(Gateway())
             self.extender_gateway = self._closing.enter_context(Gateway())
         self.kubeconfig = self._service_kubeconfig()
         first = self.add_service(SERVICE, start=False, port=self._port)
         if self._with_gateways:
             self.turn_to(first)
-        public = self.public_gateway.port if self._with_gateways else first.port
-        self.agents = self._make_agents(self, f"http://127.0.0.1:{public}")
+        self.agents = self._make_agents(self, self._agents_url(first))
         self._closing.callback(self.agents.stop)
         if self._with_service:
             first.start()
@@ -182,6 +186,10 @@ class Stack:
             self.wait_reported()
         if self.form is not None:
             self.start_scheduler(self.form)
+
+    def _agents_url(self, service: Service) -> str:
+        port = self.agents_gateway.port if self._with_gateways else service.port_for_agents
+        return f"{'http' if self.knobs.unauthenticated_agents else 'https'}://127.0.0.1:{port}"
 
     def _apply_manifests(self) -> tuple[str, str]:
         """Apply what is shipped; returns our namespace and our service account's name."""
@@ -219,6 +227,27 @@ class Stack:
         file.write_text(json.dumps(config))
         return file
 
+    # -- agents ---------------------------------------------------------------------------------------
+
+    @property
+    def ca_file(self) -> Path:
+        """By what agents and kube-scheduler know the service."""
+        return self.certificates / "ca.crt"
+
+    def add_agent_pods(self) -> None:
+        """On every node the pod that the DaemonSet would have there. It outlives `empty()`: it is not in "default"."""
+        self.cluster.add_pods(agent_pod(node.name, self.namespace) for node in self.nodes)
+
+    def agent_token(self, node: str) -> str:
+        """A token as the kubelet of that node would fetch it for the agent's pod."""
+        return self.cluster.service_account_token(
+            AGENT_ACCOUNT,
+            namespace=self.namespace,
+            audiences=[AUDIENCE],
+            pod=agent_pod_name(node),
+            seconds=TOKEN_SECONDS,
+        )
+
     # -- services -------------------------------------------------------------------------------------
 
     def add_service(self, name: str, *, start: bool = True, port: int = 0) -> Service:
@@ -232,7 +261,7 @@ class Stack:
 
     def turn_to(self, service: Service) -> None:
         """Send agents and kube-scheduler to this service, as a Kubernetes Service does with the ready one."""
-        self.public_gateway.turn_to(service.port)
+        self.agents_gateway.turn_to(service.port_for_agents)
         self.extender_gateway.turn_to(service.extender_port)
 
     def wait_reported(self, timeout: float = READY_SECONDS) -> None:
@@ -312,6 +341,7 @@ class Service:
         self.name = name
         self.port = port or free_port()
         self.extender_port = free_port()
+        self.agent_port = free_port()
         self._stack = stack
         self._started = False
         self._http = httpx.Client(base_url=self.url, timeout=10, trust_env=False)
@@ -320,6 +350,11 @@ class Service:
     def url(self) -> str:
         """The public listener."""
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def port_for_agents(self) -> int:
+        """Where reports go: the agents' listener, or in plain HTTP the public one where nobody is authenticated."""
+        return self.port if self._stack.knobs.unauthenticated_agents else self.agent_port
 
     def start(self) -> None:
         """Start it (again); does not wait until it is ready."""
@@ -407,12 +442,25 @@ class Service:
             reply.raise_for_status()
             return reply.json()
 
+    def as_agent(self, path: str, body: Any, *, token: str | None) -> httpx.Response:
+        """One call to the agents' listener, whatever comes of it. `body`: bytes, or what JSON takes."""
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        sent: dict[str, Any] = {"content": body} if isinstance(body, bytes) else {"json": body}
+        trust = ssl.create_default_context(cafile=str(self._stack.ca_file))
+        with httpx.Client(verify=trust, timeout=30, trust_env=False) as client:
+            return client.post(f"https://127.0.0.1:{self.agent_port}{path}", headers=headers, **sent)
+
+    def public_post(self, path: str, body: Any, *, token: str) -> httpx.Response:
+        """One POST to the public listener, with a token, whatever comes of it."""
+        return self._http.post(path, json=body, headers={"Authorization": f"Bearer {token}"})
+
     def _command(self) -> list[str]:
         knobs = self._stack.knobs
         files = self._stack.certificates
         options = {
             "port": str(self.port),
             "extender-port": str(self.extender_port),
+            "agent-port": str(self.agent_port),
             "cert": str(files / "server.crt"),
             "key": str(files / "server.key"),
             "client-ca": str(files / "ca.crt"),
@@ -425,6 +473,8 @@ class Service:
             **knobs.options,
         }
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        if knobs.unauthenticated_agents:
+            words.append("--unauthenticated-agents")
         return [sys.executable, "-m", "app.cli", "serve", *words]
 
     @property
@@ -489,21 +539,41 @@ class PostedReports:
 
 
 def posted_reports(stack: Stack, url: str) -> Agents:
-    """Reports posted by the test itself."""
+    """Reports posted by the test itself. They carry no token, so the knobs must allow that."""
+    assert stack.knobs.unauthenticated_agents, "posted reports need Knobs(unauthenticated_agents=True)"
     return PostedReports(stack.nodes, url, interval_seconds=stack.knobs.agent_interval_seconds)
 
 
 class RealAgents:
     """Real agents, one process for each node, that load the fake NVML library."""
 
-    def __init__(self, nodes: Iterable[Node], url: str, directory: Path, *, interval_seconds: float) -> None:
+    def __init__(
+        self,
+        nodes: Iterable[Node],
+        url: str,
+        directory: Path,
+        *,
+        interval_seconds: float,
+        tokens: Callable[[str], str] | None = None,
+        ca_file: Path | None = None,
+    ) -> None:
+        """`tokens` gives a node's agent its token; without it the agents show none."""
         self._descriptions = {node.name: describe(node) for node in nodes}
-        self.fleet = Fleet(directory, service=url, interval_seconds=interval_seconds)
+        self._tokens = tokens
+        self._token_file = directory / "{node}.token"
+        self.fleet = Fleet(
+            directory,
+            service=url,
+            interval_seconds=interval_seconds,
+            token_file=self._token_file if tokens else None,
+            ca_file=ca_file,
+        )
         self._next_pid = 1000
 
     def start(self) -> None:
         """Begin to report."""
         for name, description in self._descriptions.items():
+            self.renew_token(name)
             self.fleet.describe(name, description)
             self.fleet.start(name)
 
@@ -535,6 +605,16 @@ class RealAgents:
         self._descriptions[node] = change(self._descriptions[node])
         self.fleet.describe(node, self._descriptions[node])
 
+    def renew_token(self, node: str) -> None:
+        """A new token takes the old one's place in its file, as the kubelet does it; the agent reads it each time."""
+        if self._tokens is None:
+            return
+        file = Path(str(self._token_file).replace("{node}", node))
+        partial = file.with_suffix(".partial")
+        partial.touch(mode=0o600)
+        partial.write_text(self._tokens(node))
+        partial.replace(file)
+
     def restart(self, node: str) -> None:
         """The agent is killed and started again; it has forgotten what it knew."""
         self.fleet.stop(node)
@@ -544,7 +624,13 @@ class RealAgents:
 def real_agents(stack: Stack, url: str) -> Agents:
     """Real agents, each loading the fake NVML library."""
     directory = stack.cluster.directory / "agents"
-    return RealAgents(stack.nodes, url, directory, interval_seconds=stack.knobs.agent_interval_seconds)
+    interval = stack.knobs.agent_interval_seconds
+    if stack.knobs.unauthenticated_agents:
+        return RealAgents(stack.nodes, url, directory, interval_seconds=interval)
+    stack.add_agent_pods()
+    return RealAgents(
+        stack.nodes, url, directory, interval_seconds=interval, tokens=stack.agent_token, ca_file=stack.ca_file
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- gateways
@@ -659,6 +745,23 @@ def kubernetes_node(node: Node) -> KubernetesObject:
             allocatable[name] = int(allocatable.get(name, 0)) + profile.max_instances
     product = node.gpus[0].product.replace(" ", "-") if node.gpus else "none"
     return gpu_node(node.name, product, allocatable)
+
+
+def agent_pod_name(node: str) -> str:
+    """What the agent's pod on that node is called here."""
+    return f"agent-{node}"
+
+
+def agent_pod(node: str, namespace: str) -> KubernetesObject:
+    """The agent's pod as far as its identity goes: the DaemonSet's account and priority, on that node."""
+    pod = gpu_pod(agent_pod_name(node), namespace=namespace, priority_class="system-node-critical")
+    pod["spec"] |= {
+        "nodeName": node,
+        "serviceAccountName": AGENT_ACCOUNT,
+        "automountServiceAccountToken": False,
+        "tolerations": [{"operator": "Exists"}],
+    }
+    return pod
 
 
 GPU_ASKS = ((1, 8), (2, 5), (4, 4), (8, 3))

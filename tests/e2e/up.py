@@ -86,6 +86,7 @@ Up after {seconds:.0f} s.
   {"API server":<16}{stack.cluster.api_url}
   {"page":<16}{stack.service.url}/
   {"extender":<16}https://127.0.0.1:{stack.service.extender_port} (client certificates in {stack.certificates})
+  {"agents":<16}https://127.0.0.1:{stack.service.agent_port} (each with its own pod's token)
   {"kube-scheduler":<16}two: `default-scheduler` (the first form), and `tangram` (the second: schedulerName: tangram)
   {"nodes":<16}{", ".join(f"{count} × {kind}" for kind, count in nodes.items())}; KWOK plays their kubelets,
   {"":<16}and each has a real agent that reads a library which imitates NVML
