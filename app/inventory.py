@@ -236,8 +236,9 @@ def _gpu(gpu: Gpu, *, as_it_is: bool) -> SolverGpu:
     if gpu.mig is not None and gpu.mig.pending not in (None, gpu.mig.enabled):
         withheld = "MIG mode is about to change with the next reset"
     geometry = _geometry(gpu)
+    there = [_slice(instance) for instance in _instances(gpu) if instance.uuid or not as_it_is]
     if geometry is not None and as_it_is:
-        geometry = _only_there(geometry, [_slice(instance) for instance in _instances(gpu) if instance.uuid])
+        geometry = _only_there(geometry, there)
     if geometry is not None and not _is_reckonable(geometry):
         starts = sum(len(profile.starts) for profile in geometry.profiles)
         withheld = (
@@ -252,7 +253,7 @@ def _gpu(gpu: Gpu, *, as_it_is: bool) -> SolverGpu:
         memory_mib=gpu.memory_mib,
         numa=gpu.numa,
         geometry=geometry,
-        instances=tuple(sorted(_slice(instance) for instance in _instances(gpu))),
+        instances=tuple(sorted(there)),
         withheld=withheld,
         architecture="" if gpu.architecture == UNKNOWN else intern(gpu.architecture),
         compute_capability=version_in(gpu.compute_capability),

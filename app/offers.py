@@ -274,6 +274,7 @@ class Offers:
                 gpus, slices = could_be(hold, entry.node, devices_of(taken))
                 taken += slices
                 kept_back.update(dict.fromkeys(gpus, f"may be in use by {hold.pod}, which Tangram did not place"))
+        kept_back.update(self._vanished(name, entry, holds))
         for gpu in entry.node.gpus:
             away = self._ledger.elsewhere(gpu.uuid, node=name)
             homes = self._inventory.homes(gpu.uuid)
@@ -282,6 +283,16 @@ class Offers:
             elif len(homes) > 1:
                 kept_back[gpu.uuid] = f"is reported by more than one node: {', '.join(sorted(homes))}"
         return self._as_it_is(entry.node, kept_back, [hold.pod.uid for hold in holds]), tuple(taken)
+
+    def _vanished(self, name: str, entry: Entry, holds: Sequence[Hold]) -> dict[str, str]:
+        """GPUs (UUID, why) with held slices that are not there any more, on a node where nobody makes slices."""
+        why = self._inventory.why_no_slices(name)
+        return {
+            device.gpu: f"{device}, which {hold.pod} holds, is not there any more, and {why}"
+            for hold in (holds if why else ())
+            for device in hold.devices
+            if device.slice is not None and device not in entry.uuids
+        }
 
     def _as_it_is(self, node: Node, kept_back: dict[str, str], holders: Sequence[str]) -> Node:
         """The reported node with GPUs kept back, and the CPU and memory that the holders and newcomers may use."""

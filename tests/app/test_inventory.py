@@ -164,6 +164,9 @@ def test_a_board_that_nobody_cuts_has_the_places_that_exist_and_no_others():
     geometry = node.gpus[3].geometry
     assert geometry is not None
     assert {(profile.name, profile.starts) for profile in geometry.profiles} == {("3g.40gb", (4,)), ("1g.10gb", (0,))}
+    assert not refusal(node, (), Demand.of(0, **{"3g.40gb": 1, "1g.10gb": 1})), (
+        "what has no MIG device is in nobody's way"
+    )
 
 
 def test_a_process_of_no_pod_keeps_its_gpu_back_where_pods_can_be_seen():
