@@ -73,7 +73,7 @@ MEANINGS: dict[Kind, Meaning] = {
     "reboot": Meaning("bad", "the node must be booted again"),
 }
 
-_XIDS_OF: dict[Kind, tuple[int | tuple[int, int], ...]] = {
+XIDS_OF: dict[Kind, tuple[int | tuple[int, int], ...]] = {
     "program": (8, 11, 13, 31, (39, 41), 60, (68, 72), (75, 77), 80, (82, 86), 88, 89, 94, (96, 105), (126, 135), 139),
     "nothing": (37, 38, 43, 44, 63, 66, 67, 92, 93, (106, 108), 121, 137, 141, 157, 160, 161),
     "reset": (46, 48, 62, 64, 95, 109, 110, 119, 120, 136, 140, 143, 155, 156, 158),
@@ -92,7 +92,7 @@ points to the recovery field, which is read anyway."""
 
 def _table() -> dict[int, Kind]:
     table: dict[int, Kind] = {}
-    for kind, codes in _XIDS_OF.items():
+    for kind, codes in XIDS_OF.items():
         for code in codes:
             first, last = code if isinstance(code, tuple) else (code, code)
             table.update(dict.fromkeys(range(first, last + 1), kind))
