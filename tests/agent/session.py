@@ -8,24 +8,28 @@ outcome = session.run("nvml.read()", "nvml.change(order_list(0))", …)
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
-from pathlib import Path
+import subprocess
+import sys
+from dataclasses import dataclass
 from typing import Any
 
 from app.agent.reading import Reading
 from app.report import Failed, Gpu, Instance, Make, OrderList, SliceAt, Switch
-from tests.agent.conftest import Bench
+from tests.agent.conftest import ROOT, Bench
+from tests.fake_nvml.control import Control
 from tests.fake_nvml.describe import NodeDescription
 
+KILLED = 137  # 128 + SIGKILL, as the library ends a process that it lets die
 PROLOGUE = """
 import ctypes, time
 from pathlib import Path
 from app.agent.nvml import Nvml
 from app.report import OrderList
+from tests.fake_nvml.control import Control
 now = [1000.0]
 nvml = Nvml(proc=Path({proc!r}), sys=Path({sys!r}), clock=lambda: now[0])
 orders = [OrderList.model_validate(one) for one in json.loads({orders!r})]
-control = Path({control!r})
+control = Control(Path({file!r}))
 def calls(symbol):
     return ctypes.CDLL("libnvidia-ml.so.1").fake_nvml_calls(symbol.encode())
 def read():
@@ -41,29 +45,36 @@ class Session:
 
     bench: Bench
     description: NodeDescription
-    lines: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.bench.describe(self.description)
 
     @property
-    def control_file(self) -> Path:
-        return Path(f"{self.bench.file}.control")
+    def control(self) -> Control:
+        """What goes wrong, and what else happens on the node."""
+        return Control(self.bench.file)
 
-    def control(self, *lines: str) -> None:
-        """These lines from now on, after those that are there."""
-        self.lines += lines
-        self.control_file.write_text("\n".join(self.lines) + "\n")
-
-    def python(self, code: str, *orders: OrderList) -> Any:
-        """Run code that has `read()`, `change(number)`, `calls(symbol)` and `now`; its `result` comes back."""
+    def program(self, code: str, *orders: OrderList) -> str:
+        """The code with `read()`, `change(number)`, `calls(symbol)`, `control` and `now` before it."""
         prologue = PROLOGUE.format(
             proc=str(self.bench.proc),
             sys=str(self.bench.directory / "sys"),
             orders=json.dumps([one.model_dump(mode="json") for one in orders]),
-            control=str(self.control_file),
+            file=str(self.bench.file),
         )
-        return self.bench.python(prologue + code)
+        return prologue + code
+
+    def python(self, code: str, *orders: OrderList) -> Any:
+        """Run it; its `result` comes back."""
+        return self.bench.python(self.program(code, *orders))
+
+    def dies(self, code: str, *orders: OrderList) -> None:
+        """Run code that the library ends half-way, as if killed."""
+        program = "import json\n" + self.program(code, *orders)
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=self.bench.environment, cwd=ROOT, capture_output=True, timeout=60
+        )
+        assert done.returncode == KILLED, done.stderr
 
     def read(self) -> Reading:
         """One look by a new session."""

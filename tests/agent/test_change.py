@@ -90,7 +90,7 @@ def test_an_instance_in_use_is_never_removed(a100: Session) -> None:
     gpu = a100.gpu(0)
     used = Make(gpu=gpu, profile="2g.10gb", start=0)
     _, before = a100.change(order_list(make=(used,)))
-    a100.control("process c 4711 0 2g.10gb 0 300")
+    a100.control.process(4711, gpu=0, profile="2g.10gb", used_mib=300)
     larger = Make(gpu=gpu, profile="4g.20gb", start=0, remove=(SliceAt(gpu=gpu, profile="2g.10gb", start=0),))
     failed, after = a100.change(order_list(remove=(used,)), order_list(make=(larger,)))
     assert [[one.reason for one in of_list] for of_list in failed] == [["2g.10gb at 0 is in use by PID 4711"]] * 2
@@ -102,7 +102,7 @@ def test_an_instance_in_use_is_never_removed(a100: Session) -> None:
 def test_the_driver_has_the_last_word_on_what_is_in_use(a100: Session) -> None:
     used = Make(gpu=a100.gpu(0), profile="2g.10gb", start=0)
     a100.change(order_list(make=(used,)))
-    a100.control("refuse 1 0 remove 19 0 2g.10gb 0")
+    a100.control.refuse_remove(0, "2g.10gb", 0)
     failed, after = a100.change(order_list(remove=(used,)))
     assert "removing the compute instance of 2g.10gb at 0: NVML:" in failed[0][0].reason
     assert "(19)" in failed[0][0].reason
@@ -117,7 +117,7 @@ def test_what_is_not_there_counts_as_removed(a100: Session) -> None:
 
 def test_a_group_is_made_together_or_not_at_all(a100: Session) -> None:
     """A pod with half of its slices is of no use; what another pod gets stays."""
-    a100.control("refuse 1 0 make 23 1 3g.20gb 4")
+    a100.control.refuse_make(1, "3g.20gb", 4)
     gpu = a100.gpu(0)
     make = (
         Make(gpu=gpu, profile="1g.5gb", start=0, group="pod-a"),
@@ -143,13 +143,23 @@ def test_a_group_that_fails_leaves_what_was_there_before(a100: Session) -> None:
 
 
 def test_a_gpu_instance_goes_again_when_its_compute_instance_fails(a100: Session) -> None:
-    a100.control("fail 1 1 0 nvmlGpuInstanceCreateComputeInstance 999")
+    a100.control.fail("nvmlGpuInstanceCreateComputeInstance", 999, times=1)
     told = order_list(make=(Make(gpu=a100.gpu(0), profile="2g.10gb", start=4),))
     failed, after = a100.change(told)
     assert failed[0][0].reason == "making the compute instance of 2g.10gb at 4: NVML: Unknown Error (999)"
     assert places(after.gpus[0]) == []
     failed, _ = a100.change(told)
     assert failed == [[]], "the next time it is made"
+
+
+def test_an_agent_that_dies_between_the_two_calls_finishes_when_told_again(a100: Session) -> None:
+    told = order_list(make=(Make(gpu=a100.gpu(0), profile="2g.10gb", start=4),))
+    a100.control.die("nvmlDeviceCreateGpuInstanceWithPlacement")
+    a100.dies("change(0)", told)
+    assert [one.uuid for one in instances(a100.read().gpus[0])] == [None]
+    failed, after = a100.change(told)
+    assert failed == [[]]
+    assert [one.uuid is not None for one in instances(after.gpus[0])] == [True]
 
 
 def test_no_room_says_what_is_there(a100: Session) -> None:
@@ -188,7 +198,7 @@ def test_a_board_without_mig_is_told_so(bench: Bench) -> None:
 
 def test_without_the_capability_it_sees_and_cannot_change(a100: Session) -> None:
     """A container without mig/config lists everything; only the first order shows that it may not change it."""
-    a100.control("configures 0")
+    a100.control.configures(False)
     assert a100.read().makes_slices
     failed, after = a100.change(order_list(make=(Make(gpu=a100.gpu(0), profile="1g.5gb", start=0),)))
     for words in (failed[0][0].reason, after.makes_none):
@@ -200,7 +210,7 @@ def test_without_the_capability_it_sees_and_cannot_change(a100: Session) -> None
 def test_without_privileges_nothing_is_taken_for_empty(a100: Session) -> None:
     """What cannot be listed may be there: an order to remove it has not been carried out."""
     place = SliceAt(gpu=a100.gpu(0), profile="1g.5gb", start=0)
-    a100.control("privileged 0")
+    a100.control.privileged(False)
     failed, after = a100.change(order_list(remove=(place,)))
     assert "it can see and cannot change" in failed[0][0].reason
     assert not after.makes_slices
@@ -252,7 +262,7 @@ def test_a_gpu_is_switched_off_only_when_it_is_empty(h100: Session) -> None:
 
 
 def test_a_gpu_in_use_is_not_switched(h100: Session) -> None:
-    h100.control("process c 77 0 - 0 300")
+    h100.control.process(77, gpu=0)
     failed, after = h100.change(order_list(switch=(Switch(gpu=h100.gpu(0), enabled=True),)))
     assert [one.reason for one in failed[0]] == ["the GPU is in use by PID 77"]
     assert after.gpus[0].mig is not None
@@ -263,7 +273,7 @@ def test_a_switch_that_does_not_take_is_put_back(bench: Bench) -> None:
     """Something holds the GPU that its process lists do not show: the mode must not change at some later reset."""
     bench = Bench(bench.directory, without=("nvmlDeviceGetMPSComputeRunningProcesses_v3",))
     session = Session(bench, small("8xH100"))
-    session.control("process m 77 0 - 0 300")
+    session.control.process(77, gpu=0, kind="m")
     failed, after = session.change(order_list(switch=(Switch(gpu=session.gpu(0), enabled=True),)))
     assert failed[0][0].reason.startswith("turning MIG on did not take effect: something on the node holds the GPU")
     assert failed[0][0].reason.endswith("; it was put back")
