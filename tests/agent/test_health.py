@@ -266,19 +266,22 @@ def agent(
     return Agent(node="n1", reader=Told(*answers), memory=memory, boot_id=boot, clock=clock)
 
 
+def seen(agent: Agent) -> Gpu:
+    """What it reports of its first GPU after another look."""
+    agent.look(0)
+    return agent.report.gpus[0]
+
+
 def test_a_restarted_agent_knows_what_its_gpus_had(file: Callable[..., MemoryFile]) -> None:
     agent(file(), Reading(gpus=(gpu(),), xids=(xid(95),))).look(0)
     now = [0.0]
     second = agent(file(), Reading(gpus=(gpu(),)), clock=lambda: now[0])
-    second.look(0)
-    assert second.report.gpus[0].health == "bad"
-    assert "XID 95" in second.report.gpus[0].health_reason
+    second = agent(file(), Reading(gpus=(gpu(),)), clock=lambda: now[0])
+    assert seen(second).health == "bad"
+    assert "XID 95" in seen(second).health_reason
     now[0] = UNTOLD_SECONDS
-    second.look(0)
-    assert second.report.gpus[0].health == "ok"
-    third = agent(file(), Reading(gpus=(gpu(),)))
-    third.look(0)
-    assert third.report.gpus[0].health == "ok"
+    assert seen(second).health == "ok"
+    assert seen(agent(file(), Reading(gpus=(gpu(),)))).health == "ok"
 
 
 def test_a_reboot_forgets(file: Callable[..., MemoryFile]) -> None:
