@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self, TypeVar
@@ -77,6 +78,8 @@ class Knobs:
     stale_seconds: float = 5.0
     orphan_seconds: float = 4.0
     lease_seconds: float = 15.0
+    patience: float = 0.02
+    """How long a GPU must be well again before it is offered, as a part of what is usual (a minute)."""
     unauthenticated_agents: bool = False
     """Agents are believed without a token, over plain HTTP: for reports that the test posts itself."""
     options: Mapping[str, str] = field(default_factory=dict)
@@ -554,6 +557,7 @@ class RealAgents:
         directory: Path,
         *,
         interval_seconds: float,
+        patience: float,
         tokens: Callable[[str], str] | None = None,
         ca_file: Path | None = None,
     ) -> None:
@@ -565,6 +569,7 @@ class RealAgents:
             directory,
             service=url,
             interval_seconds=interval_seconds,
+            patience=patience,
             token_file=self._token_file if tokens else None,
             ca_file=ca_file,
         )
@@ -610,10 +615,10 @@ class RealAgents:
         if self._tokens is None:
             return
         file = Path(str(self._token_file).replace("{node}", node))
-        partial = file.with_suffix(".partial")
-        partial.touch(mode=0o600)
-        partial.write_text(self._tokens(node))
-        partial.replace(file)
+        new = file.with_suffix(".new")
+        new.touch(mode=0o600)
+        new.write_text(self._tokens(node))
+        new.replace(file)
 
     def restart(self, node: str) -> None:
         """The agent is killed and started again; it has forgotten what it knew."""
@@ -624,13 +629,18 @@ class RealAgents:
 def real_agents(stack: Stack, url: str) -> Agents:
     """Real agents, each loading the fake NVML library."""
     directory = stack.cluster.directory / "agents"
-    interval = stack.knobs.agent_interval_seconds
-    if stack.knobs.unauthenticated_agents:
-        return RealAgents(stack.nodes, url, directory, interval_seconds=interval)
-    stack.add_agent_pods()
-    return RealAgents(
-        stack.nodes, url, directory, interval_seconds=interval, tokens=stack.agent_token, ca_file=stack.ca_file
+    agents = partial(
+        RealAgents,
+        stack.nodes,
+        url,
+        directory,
+        interval_seconds=stack.knobs.agent_interval_seconds,
+        patience=stack.knobs.patience,
     )
+    if stack.knobs.unauthenticated_agents:
+        return agents()
+    stack.add_agent_pods()
+    return agents(tokens=stack.agent_token, ca_file=stack.ca_file)
 
 
 # ----------------------------------------------------------------------------------------------------- gateways

@@ -24,7 +24,7 @@ from tests.e2e.toolchain import BuildFailed
 FLEET = "8xH100:3,8xH100-mig2:2,8xA100-mig:2,4xH100NVL:1,8xV100:1,4xL4:2,2xA30-mig:1"
 PAGE_PORT = 8080
 SECOND_SCHEDULER = "tangram-scheduler"
-KNOBS = Knobs(agent_interval_seconds=2.0, stale_seconds=10.0, orphan_seconds=20.0)
+KNOBS = Knobs(agent_interval_seconds=2.0, stale_seconds=10.0, orphan_seconds=20.0, patience=0.2)
 
 
 def main() -> int:
