@@ -314,7 +314,7 @@ class Follower:
         return self._version >= newest and {pod["metadata"]["uid"] for pod in self._checker.pods()} == set(self._pods)
 
     def _run(self) -> None:
-        with _client(self._cluster) as client:
+        with client_of(self._cluster) as client:
             while not self._stopping:
                 try:
                     self._list(client)
@@ -399,6 +399,12 @@ def read_annotation(pod: KubernetesObject) -> Given | None:
     return Given(said["uid"], said["node"], tuple(pieces))
 
 
+def uuids_of(pod: KubernetesObject) -> dict[str, str]:
+    """The MIG devices that the placement names, by device as it writes them."""
+    text = (pod["metadata"].get("annotations") or {}).get(PLACEMENT)
+    return dict(json.loads(text).get("uuids", {})) if text else {}
+
+
 def asks_of(pod: KubernetesObject) -> dict[str, int]:
     """GPUs and slices that the pod needs at once: the largest of its containers together and each step before."""
     sidecars: Counter[str] = Counter()
@@ -436,7 +442,7 @@ def refusal_of(pod: KubernetesObject) -> str:
     return next((str(each.get("message", "")) for each in conditions if each["type"] == "PodScheduled"), "")
 
 
-def _client(cluster: Cluster) -> httpx.Client:
+def client_of(cluster: Cluster) -> httpx.Client:
     """A client of the checker's own: the cluster's is for the test's thread."""
     headers = {"Authorization": f"Bearer {cluster.admin_token}"} if cluster.admin_token else {}
     trust = ssl.create_default_context(cafile=str(cluster.ca_file)) if isinstance(cluster, ControlPlane) else True
