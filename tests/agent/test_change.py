@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import permutations
+from random import Random
 
 import pytest
 
-from app.report import Make, SliceAt, Switch
+from app.agent.reading import Reading
+from app.report import Failed, Make, OrderList, SliceAt, Switch
 from solver.samples import sample_node
 from tests.agent.conftest import Bench
 from tests.agent.session import Session, instances, order_list, places
 from tests.fake_nvml.describe import Instance, NodeDescription, describe
+
+Place = tuple[str, str, int]
 
 
 def small(kind: str, gpus: int = 2) -> NodeDescription:
@@ -223,6 +227,70 @@ def test_nvml_failing_fails_every_order_in_words(a100: Session) -> None:
     found = a100.python("result = [change(0), read()['error']]", told)
     assert [one["reason"] for one in found[0]] == ["NVML: Driver Not Loaded (9)"] * 3
     assert found[1] == "NVML: Driver Not Loaded (9)"
+
+
+# ---- whatever is told ----
+
+GRID = (("1g.5gb", range(7)), ("2g.10gb", (0, 2, 4)), ("3g.20gb", (0, 4)), ("4g.20gb", (0,)), ("7g.40gb", (0,)))
+PLACES = tuple((profile, start) for profile, starts in GRID for start in starts)
+
+
+def told_at_random(gpus: tuple[str, ...], rng: Random) -> OrderList:
+    """Orders that need not make sense together; but no place is for two, and none is to be made and removed."""
+    places = [SliceAt(gpu=gpu, profile=profile, start=start) for gpu in gpus for profile, start in PLACES]
+    rng.shuffle(places)
+    wanted, unwanted = places[:5], places[5:]
+    make = tuple(
+        Make(
+            **place.model_dump(),
+            group=rng.choice(("", "pod-a", "pod-b")),
+            remove=tuple(other for other in rng.sample(unwanted, 4) if other.gpu == place.gpu),
+        )
+        for place in wanted[: rng.randrange(1, 6)]
+    )
+    return order_list(make=make, remove=tuple(unwanted[: rng.randrange(4)]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_is_told_nothing_is_lost_that_was_in_use_or_not_named(a100: Session, seed: int) -> None:
+    """After each of many lists: no overlap; what was used or not named is as before; what did not fail is as told."""
+    rng = Random(seed)
+    gpus = (a100.gpu(0), a100.gpu(1))
+    used = ((0, "2g.10gb", 2), (1, "1g.5gb", 6))
+    first = order_list(make=tuple(Make(gpu=gpus[gpu], profile=profile, start=start) for gpu, profile, start in used))
+    for number, (gpu, profile, start) in enumerate(used):
+        a100.control.process(100 + number, gpu=gpu, profile=profile, start=start)
+    lists = [first, *(told_at_random(gpus, rng) for _ in range(40))]
+    found = a100.python(f"result = [[change(number), read()] for number in range({len(lists)})]", *lists)
+    before: dict[Place, str | None] = {}
+    for told, (said, read) in zip(lists, found, strict=True):
+        failed = {place_of(Failed.model_validate(one)) for one in said}
+        after = uuids(Reading.model_validate(read))
+        assert not_overlapping(Reading.model_validate(read))
+        named = {place_of(place) for make in told.make for place in make.remove} | set(map(place_of, told.remove))
+        kept = set(before) - (named - {(gpus[gpu], profile, start) for gpu, profile, start in used})
+        assert {place: after.get(place) for place in kept} == {place: before[place] for place in kept}
+        made = {place_of(make) for make in told.make} - failed
+        assert made <= set(after) <= made | set(before)
+        assert None not in after.values()
+        before = after
+    assert len(before) >= len(used)
+
+
+def place_of(place: SliceAt | Failed) -> Place:
+    return (place.gpu, place.profile, place.start)
+
+
+def uuids(reading: Reading) -> dict[Place, str | None]:
+    return {(gpu.uuid, one.profile, one.start or 0): one.uuid for gpu in reading.gpus for one in instances(gpu)}
+
+
+def not_overlapping(reading: Reading) -> bool:
+    for gpu in reading.gpus:
+        taken = [(one.start or 0) + unit for one in instances(gpu) for unit in range(one.size or 0)]
+        if len(set(taken)) != len(taken):
+            return False
+    return True
 
 
 # ---- modes ----

@@ -12,7 +12,9 @@ from solver.geometry import Slice
 from solver.samples import KINDS, sample_node
 from solver.topology import PCIE_GBS
 from tests.agent.conftest import Bench
-from tests.fake_nvml.describe import Instance, Process, describe
+from tests.agent.session import Session
+from tests.fake_nvml.control import Control
+from tests.fake_nvml.describe import Fabric, Instance, Process, describe
 from tests.fake_nvml.fleet import host_proc, write_cgroup
 
 POD_A = "11111111-2222-3333-4444-555555555555"
@@ -323,3 +325,152 @@ result += [calls(b"nvmlDeviceGetNvLinkRemotePciInfo_v2"), calls(b"nvmlDeviceGetT
 """
     )
     assert result == [True, 8 * 18, 9 * 18, 28]
+
+
+# ---- the inventory ----
+
+
+def test_a_gpu_says_who_it_is_and_how_it_is_set(bench: Bench) -> None:
+    described = describe(sample("8xH100")).with_gpu(1, ecc=True, ecc_pending=False, compute_mode=3, serial="1650123")
+    first, second = bench.report(described).gpus[:2]
+    assert (first.brand, first.watts, first.ecc, first.ecc_pending) == ("NVIDIA", 700, True, True)
+    assert (first.compute_mode, second.compute_mode) == ("default", "exclusive-process")
+    assert (second.serial, second.ecc, second.ecc_pending) == ("1650123", True, False)
+    assert first.reserved_mib == 512
+    assert first.free_mib is not None
+    assert first.free_mib % 256 == 0
+    assert first.memory_mib - 512 - 256 < first.free_mib <= first.memory_mib - 512
+
+
+def test_what_a_board_does_not_have_is_absent(bench: Bench) -> None:
+    described = describe(sample("4xT4")).with_gpu(0, ecc=None, serial="", watts=0)
+    first = bench.report(described).gpus[0]
+    assert (first.ecc, first.ecc_pending, first.serial, first.watts) == (None, None, "", 0)
+    assert (first.nvlink, first.fabric, first.mig) == (None, None, None)
+    assert first.health_reason == ""
+
+
+def test_processes_have_their_memory_in_steps(bench: Bench) -> None:
+    """Rounded up, so that a report does not change with every allocation; kinds as NVML lists them."""
+    bench.describe(describe(sample("8xH100")))
+    control = Control(bench.file)
+    control.process(10, gpu=0, used_mib=257)
+    control.process(11, gpu=0, used_mib=256, kind="m")
+    control.process(12, gpu=0, used_mib=1, kind="g")
+    report = bench.report()
+    assert [(one.pid, one.kind, one.used_mib, one.pod) for one in report.gpus[0].processes] == [
+        (10, "compute", 512, ""),
+        (11, "mps", 256, ""),
+        (12, "graphics", 256, ""),
+    ]
+
+
+def test_in_mig_mode_processes_are_their_instances_own(bench: Bench) -> None:
+    bench.describe(describe(in_mig_mode()))
+    Control(bench.file).process(10, gpu=0, profile="3g.20gb", start=4)
+    write_cgroup(host_proc(bench.proc), 10, POD_A)
+    gpu = bench.report().gpus[0]
+    assert gpu.mig is not None
+    assert (gpu.processes, gpu.pods) == ((), ())
+    used = [one for one in gpu.mig.instances if one.processes]
+    assert [(one.profile, one.pods, one.processes[0].pod) for one in used] == [("3g.20gb", (POD_A,), POD_A)]
+
+
+def test_compute_instances_are_listed_with_their_places(bench: Bench) -> None:
+    cut = (Instance(id=1, profile="3g.20gb", start=4, uuid="MIG-first", mig_index=0, parts=3),)
+    mig = bench.report(describe(sample("8xA100-40-mig")).with_gpu(0, instances=cut)).gpus[0].mig
+    assert mig is not None
+    assert [(one.id, one.slices, one.start) for one in mig.instances[0].compute] == [(0, 1, 0), (1, 1, 1), (2, 1, 2)]
+    assert len({one.uuid for one in mig.instances[0].compute}) == 3
+
+
+def test_an_operator_is_told_what_a_mode_waits_for(bench: Bench) -> None:
+    gpus = bench.report(describe(sample("8xA100")).with_gpu(2, mig_pending=True)).gpus
+    off, waiting = gpus[0].mig, gpus[2].mig
+    assert off is not None
+    assert waiting is not None
+    assert "nvidia-smi -i 0000:10:00.0 -mig 1" in off.note
+    assert waiting.note.startswith("MIG goes on when this GPU is reset: drain the node")
+    assert "nvidia-smi --gpu-reset -i 0000:20:00.0" in waiting.note
+    assert not off.switches
+
+
+def test_whether_slices_can_be_made_is_said_with_a_reason(bench: Bench) -> None:
+    described = describe(sample("8xA100-40-mig"))
+    assert Session(bench, described).read().makes_slices
+    unprivileged = Session(bench, replace(described, privileged=False)).read()
+    assert not unprivileged.makes_slices
+    assert unprivileged.makes_none.startswith("it can see and cannot change")
+
+
+# ---- links ----
+
+
+def test_nvlinks_of_a_gpu_together(bench: Bench) -> None:
+    """What they lead to, by board: switches, modules of one board, bridges between cards."""
+    found = {}
+    for kind in ("8xH100", "8xV100", "4xA100PCIe", "8xL40S"):
+        nvlink = bench.report(describe(sample(kind))).gpus[0].nvlink
+        found[kind] = nvlink and (nvlink.kind, nvlink.active, nvlink.total, nvlink.gbs_each_way, nvlink.version)
+    assert found == {
+        "8xH100": ("switch", 18, 18, 25.0, 6),
+        "8xV100": ("direct", 6, 6, 25.0, 2),
+        "4xA100PCIe": ("bridge", 12, 12, 25.0, 5),
+        "8xL40S": None,
+    }
+
+
+def test_mig_takes_a_gpu_out_of_the_mesh(bench: Bench) -> None:
+    """It ends peer-to-peer on that GPU, over NVLink and PCIe."""
+    report = bench.report(describe(sample("8xH100")).with_gpu(0, mig=True))
+    assert [gpu.nvlink is not None and gpu.nvlink.out_of_mesh for gpu in report.gpus] == [True] + [False] * 7
+    first = report.gpus[0].uuid
+    assert {link.p2p for link in report.links if first in (link.a, link.b)} == {False}
+    assert {link.p2p for link in report.links if first not in (link.a, link.b)} == {True}
+    assert all(signal.name != "nvlink" for gpu in report.gpus for signal in gpu.signals)
+
+
+def test_a_tray_says_which_fabric_it_belongs_to(bench: Bench) -> None:
+    cluster = "11111111-2222-3333-4444-555555555555"
+    described = describe(sample("4xGB200")).with_gpu(0, fabric=Fabric(cluster, clique=7))
+    described = described.with_gpu(1, fabric=Fabric(cluster, clique=7, state=2))
+    gpus = bench.report(described).gpus
+    assert gpus[0].fabric is not None
+    assert gpus[1].fabric is not None
+    assert (gpus[0].fabric.cluster, gpus[0].fabric.clique, gpus[0].fabric.state) == (cluster, 7, "completed")
+    assert (gpus[1].fabric.cluster, gpus[1].fabric.clique, gpus[1].fabric.state) == ("", None, "in-progress")
+    alone = bench.report(describe(sample("8xH100"))).gpus[0].fabric
+    assert alone is not None
+    assert (alone.state, alone.cluster, alone.clique) == ("completed", "", None), "a fabric that ends in the node"
+
+
+# ---- what a look costs ----
+
+COUNTED = """
+import collections
+import pynvml
+look_up, count = pynvml._nvmlGetFunctionPointer, collections.Counter()
+def counted(name):
+    count[name] += 1
+    return look_up(name)
+read()
+pynvml._nvmlGetFunctionPointer = counted
+started = time.process_time()
+for _ in range(10):
+    read()
+result = [{name: calls / 10 for name, calls in count.items()}, (time.process_time() - started) * 100]
+"""
+
+
+@pytest.mark.parametrize(("kind", "most"), [("8xH100", 8 * 30), ("8xA100-40-mig", 8 * 90), ("8xL40S", 8 * 12)])
+def test_a_quiet_look_asks_only_for_what_may_change(bench: Bench, kind: str, most: int) -> None:
+    """By call, of an 8-GPU board, in MIG mode with six slices on each GPU. Most are the states of NVLinks."""
+    node = sample(kind)
+    if node.gpus[0].geometry is not None:
+        slices = tuple(Slice("1g.5gb", start) for start in range(6))
+        node = replace(node, gpus=tuple(replace(gpu, instances=slices) for gpu in node.gpus))
+    calls, milliseconds = Session(bench, describe(node)).python(COUNTED)
+    total = sum(count for name, count in calls.items() if name != "nvmlEventSetWait_v2")
+    print(f"{kind}: {total:.0f} calls a quiet look, {milliseconds:.1f} ms of CPU; {calls}")
+    assert total <= most
+    assert not {name for name in calls if "RemotePciInfo" in name or "Serial" in name or "TotalEcc" in name}
