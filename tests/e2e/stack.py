@@ -621,6 +621,487 @@ class RealAgents:
         new.replace(file)
 
     def restart(self, node: str) -> None:
+        """The node is booted again, as it is described now: what its agent remembered was of the boot before."""
+        self.fleet.reboot(node)
+
+
+def real_agents(self) -> RealAgents:
+        """The agents, where they are real ones."""
+        assert isinstance(self.agents, RealAgents)
+        return self.agents
+
+    # -- up and down ----------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self._closing.close()
+            raise
+        self.live.append(self)
+        self._closing.callback(self.live.remove, self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.close()
+
+    def _start(self) -> None:
+        self.cluster: Cluster = self._closing.enter_context(open_cluster())
+        self.namespace, self.account = self._apply_manifests()
+        self.certificates = self._make_certificates()
+        self.cluster.add_nodes(kubernetes_node(node) for node in self.nodes)
+        if self._with_gateways:
+            self.api_gateway = self._closing.enter_context(Gateway(_port_of(self.cluster.api_url)))
+            self.agents_gateway = self._closing.enter_context(Gateway())
+            self.extender_gateway = self._closing.enter_context(Gateway())
+        self.kubeconfig = self._service_kubeconfig()
+        first = self.add_service(SERVICE, start=False, port=self._port)
+        if self._with_gateways:
+            self.turn_to(first)
+        self.agents = self._make_agents(self, self._agents_url(first))
+        self._closing.callback(self.agents.stop)
+        if self._with_service:
+            first.start()
+        self.agents.start()
+        if self._with_service:
+            first.wait_ready()
+            self.wait_reported()
+        if self.form is not None:
+            self.start_scheduler(self.form)
+
+    def _agents_url(self, service: Service) -> str:
+        port = self.agents_gateway.port if self._with_gateways else service.port_for_agents
+        return f"{'http' if self.knobs.unauthenticated_agents else 'https'}://127.0.0.1:{port}"
+
+    def _apply_manifests(self) -> tuple[str, str]:
+        """Apply what is shipped; returns our namespace and our service account's name."""
+        rendered = self.cluster.kubectl("kustomize", str(BASE))
+        objects = [each for each in yaml.safe_load_all(rendered) if each]
+        chosen = [each for each in objects if each["kind"] in APPLIED]
+        chosen.sort(key=lambda each: APPLIED.index(each["kind"]))
+        self.cluster.kubectl("apply", "-f", "-", input=yaml.safe_dump_all(chosen))
+        deployment = next(each for each in objects if each["kind"] == "Deployment")
+        return deployment["metadata"]["namespace"], deployment["spec"]["template"]["spec"]["serviceAccountName"]
+
+    def _make_certificates(self) -> Path:
+        """What `tangram certs` makes; `client/` has kube-scheduler's under the names of a mounted Secret."""
+        directory = self.cluster.directory / "certificates"
+        create_certificates(directory, ips=("127.0.0.1",), namespace=self.namespace)
+        (directory / "client").mkdir()
+        for name, file in {"tls.crt": "client.crt", "tls.key": "client.key", "ca.crt": "ca.crt"}.items():
+            (directory / "client" / name).symlink_to(directory / file)
+        return directory
+
+    def _service_kubeconfig(self) -> Path:
+        """A kubeconfig with which the service is its own service account, under the shipped RBAC."""
+        config = json.loads(
+            self.cluster.kubeconfig_for_service_account(self.account, namespace=self.namespace).read_text()
+        )
+        token = self.cluster.service_account_token(self.account, namespace=self.namespace, seconds=TOKEN_SECONDS)
+        config["users"][0]["user"] = {"token": token}
+        if self._with_gateways:
+            server = config["clusters"][0]["cluster"]["server"]
+            config["clusters"][0]["cluster"]["server"] = server.replace(
+                str(_port_of(server)), str(self.api_gateway.port)
+            )
+        file = self.cluster.directory / "tangram.kubeconfig"
+        file.touch(mode=0o600)
+        file.write_text(json.dumps(config))
+        return file
+
+    # -- agents ---------------------------------------------------------------------------------------
+
+    @property
+    def ca_file(self) -> Path:
+        """By what agents and kube-scheduler know the service."""
+        return self.certificates / "ca.crt"
+
+    def add_agent_pods(self) -> None:
+        """On every node the pod that the DaemonSet would have there. It outlives `empty()`: it is not in "default"."""
+        self.cluster.add_pods(agent_pod(node.name, self.namespace) for node in self.nodes)
+
+    def agent_token(self, node: str) -> str:
+        """A token as the kubelet of that node would fetch it for the agent's pod."""
+        return self.cluster.service_account_token(
+            AGENT_ACCOUNT,
+            namespace=self.namespace,
+            audiences=[AUDIENCE],
+            pod=agent_pod_name(node),
+            seconds=TOKEN_SECONDS,
+        )
+
+    # -- services -------------------------------------------------------------------------------------
+
+    def add_service(self, name: str, *, start: bool = True, port: int = 0) -> Service:
+        """One more `tangram serve`, under its own identity (its name)."""
+        service = Service(self, name, port=port)
+        self.services[name] = service
+        self._closing.callback(service.close)
+        if start:
+            service.start()
+        return service
+
+    def turn_to(self, service: Service) -> None:
+        """Send agents and kube-scheduler to this service, as a Kubernetes Service does with the ready one."""
+        self.agents_gateway.turn_to(service.port_for_agents)
+        self.extender_gateway.turn_to(service.extender_port)
+
+    def wait_reported(self, timeout: float = READY_SECONDS) -> None:
+        """Wait until every node is offered."""
+        names = {node.name for node in self.nodes}
+
+        def all_offered() -> bool:
+            shown = self.service.get(f"/v1/cluster?limit={max(1, len(names))}")["nodes"]
+            return names <= {node["name"] for node in shown if node["offered"]}
+
+        self.wait_for(all_offered, f"{len(names)} nodes to be offered", timeout)
+
+    # -- kube-scheduler -------------------------------------------------------------------------------
+
+    def start_scheduler(
+        self, form: Form | None = None, *, name: str = SCHEDULER, service: Service | None = None
+    ) -> None:
+        """Start a kube-scheduler with the shipped configuration of that form."""
+        self.cluster.start_scheduler(self.scheduler_configuration(form or "first", service), name=name)
+
+    def scheduler_configuration(self, form: Form, service: Service | None = None) -> dict[str, Any]:
+        """What `tangram manifests` generates for this machine's address and files."""
+        port = (service or self.service).extender_port
+        if self._with_gateways and service is None:
+            port = self.extender_gateway.port
+        url = f"https://127.0.0.1:{port}"
+        return scheduler_configuration(
+            form, url=url, namespace=self.namespace, tls_directory=str(self.certificates / "client")
+        )
+
+    def scheduler_name(self) -> str:
+        """What pods say in `schedulerName` to be scheduled with us."""
+        if self.form is None:
+            return "default-scheduler"
+        (profile,) = scheduler_configuration(self.form)["profiles"]
+        return str(profile["schedulerName"])
+
+    # -- looking --------------------------------------------------------------------------------------
+
+    def wait_for(self, look: Callable[[], Found | None], what: str, timeout: float) -> Found:
+        """Like the cluster's, with the service's words when it takes too long."""
+        deadline = time.monotonic() + timeout
+        while True:
+            found = look()
+            if found:
+                return found
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"waited {timeout:.0f} s for {what}")
+            time.sleep(POLL_SECONDS)
+
+    def placement(self, name: str, namespace: str = "default") -> dict[str, Any] | None:
+        """The placement annotation of a pod, decoded; None where it has none."""
+        text = self.cluster.pod(name, namespace)["metadata"].get("annotations", {}).get(PLACEMENT)
+        return None if text is None else json.loads(text)
+
+    def empty(self, timeout: float = 60.0) -> None:
+        """Delete all pods and wait until the service has nothing held, promised or waiting."""
+        self.cluster.delete_all_pods(timeout=timeout)
+        try:
+            self.wait_for(lambda: not self.service.get("/v1/pods")["pods"], "the service to hold nothing", timeout)
+        except TimeoutError as late:
+            raise TimeoutError(f"{late}; it says {self.service.get('/v1/pods')['pods'][:5]}") from None
+
+    def logs(self) -> dict[str, str]:
+        """What the services and kube-schedulers have written."""
+        names = [*self.services, *(name for name in self.cluster.processes.names() if "scheduler" in name)]
+        return {name: self.cluster.logs(name) for name in names if self._has_log(name)}
+
+    def _has_log(self, name: str) -> bool:
+        return (self.cluster.directory / f"{name}.log").exists()
+
+
+class Service:
+    """One `tangram serve` process."""
+
+    def __init__(self, stack: Stack, name: str, *, port: int = 0) -> None:
+        self.name = name
+        self.port = port or free_port()
+        self.extender_port = free_port()
+        self.agent_port = free_port()
+        self._stack = stack
+        self._started = False
+        self._http = httpx.Client(base_url=self.url, timeout=10, trust_env=False)
+
+    @property
+    def url(self) -> str:
+        """The public listener."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def port_for_agents(self) -> int:
+        """Where reports go: the agents' listener, or in plain HTTP the public one where nobody is authenticated."""
+        return self.port if self._stack.knobs.unauthenticated_agents else self.agent_port
+
+    def start(self) -> None:
+        """Start it (again); does not wait until it is ready."""
+        if self._started:
+            self._processes.restart(self.name)
+        else:
+            self._processes.start(self.name, self._command(), environment={"PYTHONPATH": str(REPOSITORY)})
+            self._started = True
+
+    def close(self) -> None:
+        """Close our own connections to it; the process ends with the cluster's."""
+        self._http.close()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._processes.kill(self.name)
+
+    def restart(self) -> None:
+        """Start it again after `kill` and wait until it is ready."""
+        self.start()
+        self.wait_ready()
+
+    def freeze(self) -> None:
+        """SIGSTOP."""
+        self._processes.pause(self.name)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        self._processes.resume(self.name)
+
+    def get(self, path: str) -> Any:
+        """The decoded answer of its public listener."""
+        reply = self._http.get(path)
+        reply.raise_for_status()
+        return reply.json()
+
+    def readiness(self) -> dict[str, Any]:
+        """What /readyz says, ready or not; not ready where it does not answer."""
+        try:
+            found: dict[str, Any] = self._http.get("/readyz").json()
+        except httpx.TransportError as error:
+            return {"ready": False, "waiting_for": [repr(error)], "warnings": []}
+        return found
+
+    def wait_ready(self, timeout: float = READY_SECONDS) -> None:
+        """Wait until it may decide."""
+        deadline = time.monotonic() + timeout
+        while not (said := self.readiness())["ready"]:
+            if not self._processes.is_running(self.name):
+                raise self._processes.failed(self.name, "ended while it was starting")
+            if time.monotonic() > deadline:
+                raise self._processes.failed(self.name, f"is not ready: {said['waiting_for']}")
+            time.sleep(POLL_SECONDS)
+
+    def pod(self, uid: str) -> dict[str, Any] | None:
+        """What it says of a pod; None where it knows none of that UID."""
+        reply = self._http.get(f"/v1/pods/{uid}")
+        return None if reply.status_code == httpx.codes.NOT_FOUND else dict(reply.json())
+
+    def node(self, name: str) -> dict[str, Any]:
+        """What it says of a node."""
+        return dict(self.get(f"/v1/nodes/{name}"))
+
+    def totals(self) -> dict[str, int]:
+        """Its counts over the whole cluster."""
+        return dict(self.get("/v1/cluster?limit=1")["totals"])
+
+    def metric(self, name: str) -> float:
+        """One sample of /metrics by its name and labels; 0 where it is not there yet."""
+        for line in self._http.get("/metrics").text.splitlines():
+            if line.startswith(f"{name} "):
+                return float(line.rsplit(" ", 1)[1])
+        return 0.0
+
+    def verb(self, verb: str, body: Any, *, certificate: tuple[Path, Path] | bool = True) -> Any:
+        """One call to an extender verb, as kube-scheduler would make it; or with another client certificate."""
+        files = self._stack.certificates
+        context = ssl.create_default_context(cafile=str(files / "ca.crt"))
+        if certificate is True:
+            certificate = (files / "client.crt", files / "client.key")
+        if certificate:
+            context.load_cert_chain(*certificate)
+        with httpx.Client(verify=context, timeout=20, trust_env=False) as client:
+            reply = client.post(f"https://127.0.0.1:{self.extender_port}/{verb}", json=body)
+            reply.raise_for_status()
+            return reply.json()
+
+    def as_agent(self, path: str, body: Any, *, token: str | None) -> httpx.Response:
+        """One call to the agents' listener, whatever comes of it. `body`: bytes, or what JSON takes."""
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        sent: dict[str, Any] = {"content": body} if isinstance(body, bytes) else {"json": body}
+        trust = ssl.create_default_context(cafile=str(self._stack.ca_file))
+        with httpx.Client(verify=trust, timeout=30, trust_env=False) as client:
+            return client.post(f"https://127.0.0.1:{self.agent_port}{path}", headers=headers, **sent)
+
+    def public_post(self, path: str, body: Any, *, token: str) -> httpx.Response:
+        """One POST to the public listener, with a token, whatever comes of it."""
+        return self._http.post(path, json=body, headers={"Authorization": f"Bearer {token}"})
+
+    def _command(self) -> list[str]:
+        knobs = self._stack.knobs
+        files = self._stack.certificates
+        options = {
+            "port": str(self.port),
+            "extender-port": str(self.extender_port),
+            "agent-port": str(self.agent_port),
+            "cert": str(files / "server.crt"),
+            "key": str(files / "server.key"),
+            "client-ca": str(files / "ca.crt"),
+            "kubeconfig": str(self._stack.kubeconfig),
+            "namespace": self._stack.namespace,
+            "identity": self.name,
+            "lease-seconds": str(knobs.lease_seconds),
+            "stale-seconds": str(knobs.stale_seconds),
+            "orphan-seconds": str(knobs.orphan_seconds),
+            **knobs.options,
+        }
+        words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        if knobs.unauthenticated_agents:
+            words.append("--unauthenticated-agents")
+        return [sys.executable, "-m", "app.cli", "serve", *words]
+
+    @property
+    def _processes(self) -> Any:
+        return self._stack.cluster.processes
+
+
+# ------------------------------------------------------------------------------------------------------ agents
+
+
+class PostedReports:
+    """Reports that this process posts itself: for hundreds of nodes, where real agents would be too many."""
+
+    def __init__(self, nodes: Iterable[Node], url: str, *, interval_seconds: float) -> None:
+        self._reports = {node.name: report_of(node) for node in nodes}
+        self._interval = interval_seconds
+        self._http = httpx.Client(base_url=url, timeout=5, trust_env=False)
+        self._frozen: set[str] = set()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="posted reports")
+
+    def start(self) -> None:
+        """Begin to report."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End for good."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+        self._http.close()
+
+    def freeze(self, node: str) -> None:
+        """The node falls silent."""
+        self._frozen.add(node)
+
+    def thaw(self, node: str) -> None:
+        """It reports again."""
+        self._frozen.discard(node)
+
+    def use(self, node: str, gpu: str, pod_uids: Sequence[str]) -> None:
+        """From now on processes of exactly these pods run on that GPU."""
+        before = self._reports[node]
+        gpus = tuple(
+            each.model_copy(update={"pods": tuple(pod_uids)}) if each.uuid == gpu else each for each in before.gpus
+        )
+        self._reports[node] = before.model_copy(update={"gpus": gpus, "version": before.version + 1, "sees_pods": True})
+
+    def _run(self) -> None:
+        while not self._stopping.wait(self._interval):
+            for name in list(self._reports):
+                if name in self._frozen or self._stopping.is_set():
+                    continue
+                with contextlib.suppress(httpx.HTTPError):
+                    self._post(self._reports[name])
+
+    def _post(self, report: NodeReport) -> None:
+        unchanged = {"node": report.node, "boot": report.boot, "version": report.version}
+        reply = self._http.post("/v1/reports", json=unchanged)
+        if reply.is_success and reply.json()["resend"]:
+            self._http.post("/v1/reports", content=report.model_dump_json(by_alias=True))
+
+
+def posted_reports(stack: Stack, url: str) -> Agents:
+    """Reports posted by the test itself. They carry no token, so the knobs must allow that."""
+    assert stack.knobs.unauthenticated_agents, "posted reports need Knobs(unauthenticated_agents=True)"
+    return PostedReports(stack.nodes, url, interval_seconds=stack.knobs.agent_interval_seconds)
+
+
+class RealAgents:
+    """Real agents, one process for each node, that load the fake NVML library."""
+
+    def __init__(
+        self,
+        nodes: Iterable[Node],
+        url: str,
+        directory: Path,
+        *,
+        interval_seconds: float,
+        patience: float,
+        tokens: Callable[[str], str] | None = None,
+        ca_file: Path | None = None,
+    ) -> None:
+        """`tokens` gives a node's agent its token; without it the agents show none."""
+        self._descriptions = {node.name: describe(node) for node in nodes}
+        self._tokens = tokens
+        self._token_file = directory / "{node}.token"
+        self.fleet = Fleet(
+            directory,
+            service=url,
+            interval_seconds=interval_seconds,
+            patience=patience,
+            token_file=self._token_file if tokens else None,
+            ca_file=ca_file,
+        )
+        self._next_pid = 1000
+
+    def start(self) -> None:
+        """Begin to report."""
+        for name, description in self._descriptions.items():
+            self.renew_token(name)
+            self.fleet.describe(name, description)
+            self.fleet.start(name)
+
+    def stop(self) -> None:
+        """End for good."""
+        self.fleet.close()
+
+    def freeze(self, node: str) -> None:
+        """SIGSTOP: the agent keeps its connection and says nothing."""
+        self.fleet.silence(node)
+
+    def thaw(self, node: str) -> None:
+        """SIGCONT."""
+        self.fleet.resume(node)
+
+    def use(self, node: str, gpu: str, pod_uids: Sequence[str]) -> None:
+        """Processes of exactly these pods run on that GPU: NVML lists them, their cgroup files name the pods."""
+        index = next(i for i, each in enumerate(self._descriptions[node].gpus) if each.uuid == gpu)
+        processes = []
+        for uid in pod_uids:
+            self._next_pid += 1
+            self.fleet.add_process(node, self._next_pid, uid)
+            processes.append(Process(self._next_pid))
+        self._descriptions[node] = self._descriptions[node].with_gpu(index, processes=tuple(processes))
+        self.fleet.describe(node, self._descriptions[node])
+
+    def change(self, node: str, change: Callable[[NodeDescription], NodeDescription]) -> None:
+        """The node itself changes (a GPU is lost, say); its agent sees it at its next look."""
+        self._descriptions[node] = change(self._descriptions[node])
+        self.fleet.describe(node, self._descriptions[node])
+
+    def renew_token(self, node: str) -> None:
+        """A new token takes the old one's place in its file, as the kubelet does it; the agent reads it each time."""
+        if self._tokens is None:
+            return
+        file = Path(str(self._token_file).replace("{node}", node))
+        new = file.with_suffix(".new")
+        new.touch(mode=0o600)
+        new.write_text(self._tokens(node))
+        new.replace(file)
+
+    def restart(self, node: str) -> None:
         """The agent is killed and started again; it has forgotten what it knew."""
         self.fleet.stop(node)
         self.fleet.start(node)
