@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,9 +18,94 @@ import pytest
 
 from app.report import NodeReport
 from tests.fake_nvml.build import build
+from tests.fake_nvml.control import Control
 from tests.fake_nvml.describe import NodeDescription
 
 ROOT = Path(__file__).resolve().parents[2]
+
+PYNVML = """
+import ctypes, json, os, sys, time
+import pynvml
+from ctypes import byref, c_uint
+from pynvml import *
+
+def code(call, *arguments, **named):
+    try:
+        call(*arguments, **named)
+    except pynvml.NVMLError as error:
+        return error.value
+    return 0
+
+def device(index=0):
+    return nvmlDeviceGetHandleByIndex(index)
+
+def make(profile, start, size, index=0):
+    place = c_nvmlGpuInstancePlacement_t(start, size)
+    return nvmlDeviceCreateGpuInstanceWithPlacement(device(index), profile, byref(place))
+
+def fill(gi, slices):
+    ci = nvmlGpuInstanceCreateComputeInstance(gi, {1: 0, 2: 1, 3: 2, 4: 3, 7: 4}[slices])
+    return ci, nvmlDeviceGetUUID(nvmlComputeInstanceGetInfo(ci).device)
+
+def listed(index=0):
+    found = []
+    for number in range(18):
+        try:
+            profile = nvmlDeviceGetGpuInstanceProfileInfo(device(index), number)
+        except pynvml.NVMLError:
+            continue
+        array, count = (c_nvmlGpuInstance_t * 32)(), c_uint(32)
+        nvmlDeviceGetGpuInstances(device(index), profile.id, array, byref(count))
+        for i in range(count.value):
+            info = nvmlGpuInstanceGetInfo(array[i])
+            found.append([info.profileId, info.placement.start, info.placement.size])
+    return sorted(found)
+
+def migs(index=0):
+    found = {}
+    for i in range(nvmlDeviceGetMaxMigDeviceCount(device(index))):
+        try:
+            found[i] = nvmlDeviceGetUUID(nvmlDeviceGetMigDeviceHandleByIndex(device(index), i))
+        except pynvml.NVMLError:
+            pass
+    return found
+
+nvmlInit()
+"""
+"""What tests run in processes of their own begin with: short words for pynvml's long ones."""
+
+
+SESSION = """
+print("null", flush=True)
+for line in sys.stdin:
+    result = None
+    exec(json.loads(line))
+    print(json.dumps(result), flush=True)
+"""
+
+
+@dataclass
+class Session:
+    """A Python process with NVML open."""
+
+    process: subprocess.Popen[str]
+
+    def __call__(self, code: str) -> Any:
+        """Run this code there; what it assigns to `result` comes back. Names stay from call to call."""
+        self.tell(code)
+        return self.answer()
+
+    def tell(self, code: str) -> None:
+        """Send code without waiting for its end."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(code) + "\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> Any:
+        """The result of what was told; None where the process has ended instead."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else None
 
 
 @dataclass
@@ -41,8 +127,16 @@ class Bench:
     def environment(self) -> dict[str, str]:
         return {**os.environ, "LD_LIBRARY_PATH": str(build(self.without)), "TANGRAM_FAKE_NVML": str(self.file)}
 
+    @property
+    def control(self) -> Control:
+        return Control(self.file)
+
     def describe(self, description: NodeDescription) -> None:
         description.write(self.file)
+
+    def pynvml(self, code: str) -> Any:
+        """As `python`, with NVML open and short words for it."""
+        return self.python(PYNVML + code)
 
     def python(self, code: str, *, check: bool = True) -> Any:
         """Run code in a fresh Python; what it assigns to `result` comes back through JSON."""
@@ -53,6 +147,25 @@ class Bench:
         if check:
             assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """A process that stays and does what it is told, among others that do the same."""
+        process = subprocess.Popen(
+            [sys.executable, "-c", PYNVML + SESSION],
+            env=self.environment,
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            session = Session(process)
+            session.answer()  # NVML is open
+            yield session
+        finally:
+            process.kill()
+            process.communicate()
 
     def report(self, description: NodeDescription | None = None) -> NodeReport:
         """What `--once` prints (through the real child process)."""

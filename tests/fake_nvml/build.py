@@ -35,9 +35,11 @@ SOURCES = tuple(
         "control.c",
     )
 )
+PROBE = HERE / "probe.c"
 TOOLCHAIN_LOCK = HERE.parents[1] / "requirements-toolchain.lock"
 SONAME = "libnvidia-ml.so.1"  # what pynvml asks the loader for
-FLAGS = ("-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread")
+WARNINGS = ("-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror")
+FLAGS = (*WARNINGS, "-shared", "-fPIC", "-fvisibility=hidden", "-pthread")
 
 
 def cache_directory() -> Path:
@@ -58,6 +60,20 @@ def build(without: tuple[str, ...] = ()) -> Path:
         target = cache / f"nvml-{_fingerprint(compiler, without)}"
         if not (target / SONAME).exists():
             _compile(compiler, target, without)
+    return target
+
+
+def build_probe() -> Path:
+    """The C program that looks at the library (probe.c), linked with it by soname; cached like the library."""
+    library = build()
+    target = library.parent / f"probe-{library.name}-{hashlib.sha256(PROBE.read_bytes()).hexdigest()[:16]}"
+    with (library.parent / "nvml.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            compiler = _compiler(zig=library.parent / "ziglang")
+            made = target.with_name(f".{target.name}")
+            _run([*compiler, *WARNINGS, "-o", str(made), str(PROBE), str(library / SONAME)])
+            made.rename(target)
     return target
 
 
@@ -107,10 +123,14 @@ def _compile(compiler: tuple[str, ...], target: Path, without: tuple[str, ...]) 
         made.mkdir()
         linking = (f"-Wl,-soname,{SONAME}", f"-Wl,--version-script,{exports}", "-o", str(made / SONAME))
         sources = [str(source) for source in SOURCES if source.suffix == ".c"]
-        done = subprocess.run([*compiler, *FLAGS, *linking, *sources], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"the fake NVML library does not compile:\n{done.stderr}")
+        _run([*compiler, *FLAGS, *linking, *sources])
         made.rename(target)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the fake NVML library does not compile:\n{done.stderr}")
 
 
 def main() -> None:
