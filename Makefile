@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo cluster test unit e2e soak properties lint format bench bench-quality lock clean
+.PHONY: help setup demo cluster test unit e2e soak properties lint format bench bench-quality bench-agent lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ bench: $(STAMP) ## pods per second through the real kube-scheduler, with and wit
 
 bench-quality: $(STAMP) ## quality of placement: all tables, JSON and plots (OPENB=folder of the openb trace; about an hour)
 	@$(BIN)/python -m app.replay.quality $(if $(OPENB),--openb $(OPENB),) $(BENCH_OPTIONS)
+
+bench-agent: $(STAMP) ## what an agent costs at rest: CPU, memory, bytes, calls (out/bench/agent.json; SECONDS_AT_REST=60)
+	@$(BIN)/python -m tests.agent.cost --seconds $(or $(SECONDS_AT_REST),60)
 
 load: $(STAMP) ## drive a standalone service with locust for 30 s, as kube-scheduler would
 	@$(BIN)/python -m loadtests.run
