@@ -84,6 +84,8 @@ class Knobs:
     """Agents are believed without a token, over plain HTTP: for reports that the test posts itself."""
     options: Mapping[str, str] = field(default_factory=dict)
     """Further options of `tangram serve`, without the dashes."""
+    flags: tuple[str, ...] = ()
+    """Further options that take no value, with their dashes."""
 
 
 class Agents(Protocol):
@@ -476,6 +478,7 @@ class Service:
             **knobs.options,
         }
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        words += knobs.flags
         if knobs.unauthenticated_agents:
             words.append("--unauthenticated-agents")
         return [sys.executable, "-m", "app.cli", "serve", *words]

@@ -112,7 +112,7 @@ def churn(stack: Stack, *, pods: int, seconds: float, seed: int, kills: int = 0)
     """Pods come and go for so long while agents and service are killed so often; what happened, in words."""
     rng = random.Random(seed)
     fleet = stack.real_agents.fleet
-    controls = {node.name: Control(fleet._path(node.name)) for node in stack.nodes}
+    controls = {node.name: Control(fleet.description(node.name)) for node in stack.nodes}
     checker = Checker(stack.cluster, map(report_of, stack.nodes))
     sources = Sources(stack)
     arrivals = sorted(rng.random() * seconds for _ in range(pods))
@@ -278,7 +278,7 @@ class Sources:
         """MIG UUIDs by GPU, profile and start; "" for an instance without a compute instance. Overlaps are faults."""
         found: dict[tuple[str, str, int], str] = {}
         for node in self.stack.nodes:
-            state = read_state(self.stack.real_agents.fleet._path(node.name))
+            state = read_state(self.stack.real_agents.fleet.description(node.name))
             for uuid, gpu in state.gpus.items():
                 units: Counter[int] = Counter()
                 for instance in gpu.instances:

@@ -37,6 +37,7 @@ from typing import Any
 from app.agent.memory import BOOT_ID
 from solver.cluster import Node
 from tests.fake_nvml.build import build
+from tests.fake_nvml.control import Control
 from tests.fake_nvml.describe import NodeDescription, describe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +112,14 @@ class Fleet:
         """Change what the node is; its agent sees that at its next look."""
         description.write(self._path(name))
 
+    def description(self, name: str) -> Path:
+        """The node's description; faults (`Control`) and the boards' state (`read_state`) are found by it."""
+        return self._path(name)
+
+    def control(self, name: str) -> Control:
+        """What goes wrong on the node, and what happens there while its agent looks on."""
+        return Control(self._path(name))
+
     def processes_root(self, name: str) -> Path:
         """The node's own /proc, as its agent sees it: put `<pid>/cgroup` files there (`add_process`)."""
         return _proc(self._directory, name)
@@ -137,8 +146,9 @@ class Fleet:
             os.kill(self._pids.pop(name), signal.SIGKILL)
 
     def reboot(self, name: str, description: NodeDescription | None = None) -> int:
-        """The node goes down and comes up again, as described (else as it was): another boot id, a new agent."""
+        """The node goes down and comes up again, as described (else as it was): no instances, another boot id."""
         self.stop(name)
+        self.control(name).reboot()
         if description is not None:
             self.describe(name, description)
         new_boot(self.processes_root(name))
