@@ -61,6 +61,18 @@ def test_waiting_blocks_until_something_happens(bench: Bench) -> None:
         assert spent < 0.05
 
 
+def test_events_of_other_types_reach_who_registered_for_them(bench: Bench) -> None:
+    """Only from registering on: what was before, on that GPU, was not waited for."""
+    bench.describe(node())
+    with bench.session() as session:
+        session(EVENTS + "dbe = nvmlEventSetCreate()")
+        bench.control.event(gpu=4, kind=2, data=1)
+        session("nvmlDeviceRegisterEvents(device(4), nvmlEventTypeDoubleBitEccError, dbe)")
+        assert session("result = [wait(0), wait(0, dbe)]") == [10, 10]
+        bench.control.event(gpu=4, kind=2, data=7)
+        assert session("result = [wait(0), wait(0, dbe)]") == [10, [4, 7, NONE, NONE]]
+
+
 def test_only_supported_events_on_parents(bench: Bench) -> None:
     bench.describe(node(A100))
     result = bench.pynvml(
@@ -210,7 +222,7 @@ def test_numbers_are_never_given_again(bench: Bench) -> None:
     for _ in range(300):
         control.xid(0, 31)
     lines = control.path.read_text().splitlines()
-    assert lines[-1] == "xid 303 0 31 - -"
+    assert lines[-1] == "event 303 0 8 31 - -"
     assert len(lines) == 201
 
 

@@ -8,7 +8,7 @@
  *   fail NUMBER TIMES GPU SYMBOL CODE
  *   die NUMBER TIMES GPU SYMBOL                      the process ends after the call, as if killed
  *   refuse NUMBER TIMES make|remove CODE GPU PROFILE START
- *   xid NUMBER GPU CODE GI CI                        once (GI and CI: - for none)
+ *   event NUMBER GPU TYPE DATA GI CI                 once (NVML's types: 8 is an XID; GI and CI: - for none)
  *   reset NUMBER GPU       reboot NUMBER             once
  *
  * A GPU is an index or a UUID, a PROFILE an id or a name. NUMBERs grow from line to line: what happens once, or so many
@@ -100,10 +100,10 @@ static int read_act(Node *node, char what, const char *rest) {
     Act *act = &node->acts[node->act_count++];
     char gpu[96] = "0", gi[16] = "-", ci[16] = "-";
     unsigned long long number;
-    int found = sscanf(rest, "%llu %95s %u %15s %15s", &number, gpu, &act->code, gi, ci);
+    int found = sscanf(rest, "%llu %95s %u %u %15s %15s", &number, gpu, &act->type, &act->data, gi, ci);
     act->what = what;
     act->number = number;
-    return found >= (what == 'x' ? 3 : what == 'r' ? 2 : 1) && gpu_named(node, gpu, &act->gpu) &&
+    return found >= (what == 'e' ? 4 : what == 'r' ? 2 : 1) && gpu_named(node, gpu, &act->gpu) &&
            read_id(gi, &act->gi) && read_id(ci, &act->ci);
 }
 
@@ -118,7 +118,7 @@ static int read_line(void *context, const char *word, const char *rest) {
     if (IS("fail")) return read_rule(node, 'f', rest);
     if (IS("die")) return read_rule(node, 'x', rest);
     if (IS("refuse")) return read_refusal(node, rest);
-    if (IS("xid")) return read_act(node, 'x', rest);
+    if (IS("event")) return read_act(node, 'e', rest);
     if (IS("reset")) return read_act(node, 'r', rest);
     if (IS("reboot")) return read_act(node, 'b', rest);
     return 0;

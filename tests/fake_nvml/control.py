@@ -23,7 +23,8 @@ Lines = list[str]
 
 IN_USE, INSUFFICIENT_RESOURCES = 19, 23
 RULES = ("hang", "delay", "fail", "die", "refuse")
-ONCE = ("xid", "reset", "reboot")
+ONCE = ("event", "reset", "reboot")
+XID = 0x8  # NVML's event types
 KEPT_ACTS = 200  # of what happens once, the youngest: the library reads at most 256
 
 
@@ -118,8 +119,12 @@ class Control:
 
     def xid(self, gpu: int | str, code: int, *, gi: int | None = None, ci: int | None = None) -> None:
         """The driver tells every event set that has registered the GPU, once."""
+        self.event(gpu, XID, code, gi=gi, ci=ci)
+
+    def event(self, gpu: int | str, kind: int, data: int = 0, *, gi: int | None = None, ci: int | None = None) -> None:
+        """As `xid`, of any of NVML's event types."""
         instances = ("-" if number is None else str(number) for number in (gi, ci))
-        self._happens(f"xid {{}} {gpu} {code} {' '.join(instances)}")
+        self._happens(f"event {{}} {gpu} {kind} {data} {' '.join(instances)}")
 
     def reset(self, gpu: int | str) -> None:
         """The GPU is reset: its instances are gone, a pending MIG mode is taken."""

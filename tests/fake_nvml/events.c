@@ -6,7 +6,8 @@
 
 enum { MAX_SETS = 32, LOOK_EVERY_MS = 50 };
 
-typedef struct { unsigned id; uint64_t seen; uint64_t wanted[MAX_GPUS]; } EventSet; /* id 0: free */
+/* id 0: free. `wanted` are the types registered for each GPU, `since` the last event before that. */
+typedef struct { unsigned id; uint64_t seen; uint64_t wanted[MAX_GPUS], since[MAX_GPUS]; } EventSet;
 
 static EventSet sets[MAX_SETS];
 static unsigned last_id;
@@ -41,8 +42,12 @@ API nvmlEventSetFree(uint64_t set) {
     return SUCCESS;
 }
 
-/* SBE, DBE, P-state, XID, clock; MIG configuration where there is MIG. */
-static uint64_t supported(const Gpu *gpu) { return 0x1F | (gpu->mig_capable ? EVENT_MIG_CONFIG : 0); }
+/* SBE, DBE, P-state, XID, clock; MIG configuration where there is MIG; from Hopper on DRAM retirement and poison,
+ * from Blackwell on GPU unavailable and recovery action (which boards have which is a guess). */
+static uint64_t supported(const Gpu *gpu) {
+    return 0x1F | (gpu->mig_capable ? EVENT_MIG_CONFIG : 0) | (gpu->architecture >= HOPPER ? 0x3C00 : 0) |
+           (gpu->architecture >= BLACKWELL ? 0xC000 : 0);
+}
 
 API nvmlDeviceGetSupportedEventTypes(uint64_t device, unsigned long long *out) {
     ENTER();
@@ -58,6 +63,7 @@ API nvmlDeviceRegisterEvents(uint64_t device, unsigned long long types, uint64_t
     EventSet *found = set_of(set);
     WANT(found && types);
     if (types & ~supported(at.gpu)) return NOT_SUPPORTED;
+    if (!found->wanted[at.index]) found->since[at.index] = state->sequence;
     found->wanted[at.index] |= types;
     return SUCCESS;
 }
@@ -69,6 +75,7 @@ static int next_event(EventSet *set, EventData *out) {
     while (set->seen < state->sequence) {
         const Event *event = &state->events[++set->seen % MAX_EVENTS];
         if (event->gpu >= node->gpu_count || !(set->wanted[event->gpu] & event->type)) continue;
+        if (event->sequence <= set->since[event->gpu]) continue;
         *out = (EventData){handle_of(KIND_GPU, event->gpu, state->gpus[event->gpu].generation), event->type, event->data,
                            event->gi, event->ci};
         return 1;

@@ -196,8 +196,8 @@ typedef struct {
 typedef struct { char what, symbol[96]; int number, gpu; uint64_t id, times; } Rule;
 /* Making (m) or removing (r) at a place is answered with `code`. */
 typedef struct { char what; int code; unsigned gpu; int profile_id; unsigned start; uint64_t id, times; } Refusal;
-/* One-shot: x(id event), r(eset a GPU), b(oot). */
-typedef struct { char what; uint64_t number; unsigned gpu, code, gi, ci; } Act;
+/* One-shot: e(vent of a type), r(eset a GPU), b(oot). */
+typedef struct { char what; uint64_t number; unsigned gpu, type, data, gi, ci; } Act;
 typedef struct {
     char driver[80], nvml[80];
     int cuda, privileged, configures; /* configures: may also change MIG, not only list it */

@@ -177,7 +177,7 @@ static void reset(const Node *node, unsigned index, int reboot) {
 }
 
 static void carry_out(const Node *node, const Act *act) {
-    if (act->what == 'x') push_event(act->gpu, EVENT_XID, act->code, act->gi, act->ci);
+    if (act->what == 'e') push_event(act->gpu, act->type, act->data, act->gi, act->ci);
     if (act->what == 'r') reset(node, act->gpu, 0);
     if (act->what == 'b') {
         state->boots++;
