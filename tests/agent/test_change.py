@@ -113,6 +113,34 @@ def test_the_driver_has_the_last_word_on_what_is_in_use(a100: Session) -> None:
     assert instances(after.gpus[0])[0].uuid is not None
 
 
+def test_what_cannot_be_seen_is_not_taken_for_idle(a100: Session) -> None:
+    used = Make(gpu=a100.gpu(0), profile="2g.10gb", start=0)
+    a100.change(order_list(make=(used,)))
+    a100.control.fail("nvmlDeviceGetComputeRunningProcesses_v3", 999)
+    failed, after = a100.change(order_list(remove=(used,)))
+    words = "whether 2g.10gb at 0 is in use cannot be seen: processes: Unknown Error (999)"
+    assert [one.reason for one in failed[0]] == [words]
+    assert places(after.gpus[0]) == [("2g.10gb", 0)]
+
+
+def test_what_cannot_be_listed_is_not_taken_for_removed(a100: Session) -> None:
+    a100.control.fail("nvmlDeviceGetGpuInstances", 999)
+    failed, _ = a100.change(order_list(remove=(SliceAt(gpu=a100.gpu(0), profile="1g.5gb", start=0),)))
+    assert failed[0][0].reason.startswith("the instances of this GPU cannot be listed: MIG instances: Unknown Error")
+
+
+def test_an_instance_that_took_anothers_ids_is_seen_as_it_is(a100: Session) -> None:
+    """Ids are used again: what was kept of the first must not be said of the second."""
+    first = Make(gpu=a100.gpu(0), profile="3g.20gb", start=4)
+    second = Make(gpu=a100.gpu(0), profile="2g.10gb", start=4, remove=(SliceAt(**first.model_dump()),))
+    found = a100.python(
+        "result = [[change(n), read()][1] for n in range(2)]", order_list(make=(first,)), order_list(make=(second,))
+    )
+    made = [instances(Reading.model_validate(one).gpus[0])[0] for one in found]
+    assert made[0].gi_id == made[1].gi_id
+    assert [(one.profile, one.compute[0].slices) for one in made] == [("3g.20gb", 3), ("2g.10gb", 2)]
+
+
 def test_what_is_not_there_counts_as_removed(a100: Session) -> None:
     failed, after = a100.change(order_list(remove=(SliceAt(gpu=a100.gpu(0), profile="1g.5gb", start=2),)))
     assert failed == [[]]
@@ -312,6 +340,26 @@ def test_an_idle_hopper_is_switched_and_sliced_in_one_list(h100: Session) -> Non
     assert places(after.gpus[0]) == [("3g.40gb", 0)]
     assert after.gpus[0].nvlink is not None
     assert after.gpus[0].nvlink.out_of_mesh, "MIG ends peer-to-peer"
+
+
+def test_after_a_switch_nothing_of_before_is_believed(h100: Session) -> None:
+    """The GPU may have been reset: its minor number may be another. Peer-to-peer has ended, for its peers, too. Our own
+    event set, which holds the GPU open, is let go of first."""
+    told = order_list(switch=(Switch(gpu=h100.gpu(1), enabled=True),))
+    found = h100.python(
+        """
+before = read()
+control.set(1, "minor", 7)
+failed = change(0)
+result = [failed, before, read(), calls("nvmlEventSetFree"), calls("nvmlEventSetCreate")]
+""",
+        told,
+    )
+    before, after = (Reading.model_validate(one) for one in found[1:3])
+    assert found[0] == []
+    assert [[link.p2p for link in reading.links] for reading in (before, after)] == [[True], [False]]
+    assert [reading.gpus[1].minor for reading in (before, after)] == [1, 7]
+    assert found[3:] == [1, 2]
 
 
 def test_a_gpu_is_switched_off_only_when_it_is_empty(h100: Session) -> None:
