@@ -223,12 +223,10 @@ class Agent:
         while True:
             started = time.monotonic()
             ordered = self.standing.take_orders()
-            if ordered is None:
-                changed = self.look(interval_seconds)
-            else:
+            if ordered is not None:
                 self.obey(ordered)
-                changed = True
-            if telling.is_due(time.monotonic()) or (changed and not telling.failures):
+            changed = ordered is None and self.look(interval_seconds)
+            if ordered or telling.is_due(time.monotonic()) or (changed and not telling.failures):
                 try:
                     self.tell(reports)
                     telling.went_well()

@@ -187,7 +187,8 @@ class Child:
             if isinstance(answer, NoAnswer):
                 return answer
         request = b'{"do":"change","orders":%b}\n' % orders.model_dump_json().encode()
-        line = self._line(until - self._clock()) if self._send(request, until) else b""
+        self._send(request, until)  # where that fails, its other pipe says why
+        line = self._line(until - self._clock())
         if line is None:
             return self._fail(f"NVML has not carried out orders within {seconds:.0f} s")
         try:

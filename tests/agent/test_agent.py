@@ -26,7 +26,7 @@ from app.agent.agent import Agent
 from app.agent.child import NoAnswer
 from app.agent.reading import Reading
 from app.agent.service import ReportError, Service, encode
-from app.report import Gpu, NodeReport, ReportReply, Unchanged
+from app.report import Failed, Gpu, NodeReport, OrderList, ReportReply, Unchanged
 from solver.samples import sample_node
 from tests.agent.conftest import ROOT, Bench, Post, Received
 from tests.fake_nvml.describe import NodeDescription, describe
@@ -178,6 +178,9 @@ class Scripted:
 
     def look(self, wait_seconds: float) -> Reading | NoAnswer:
         return self.answers.pop(0)
+
+    def change(self, orders: OrderList, seconds: float) -> tuple[Failed, ...] | NoAnswer:
+        raise AssertionError("nobody ordered anything")
 
     def close(self) -> None:
         pass

@@ -1,9 +1,13 @@
-"""The deadline around NVML, with real child processes and a library that hangs or dies when told to."""
+"""The deadline around NVML, with real child processes and a library that hangs or dies when told to.
+
+What a list of orders does to the instances is `test_change`'s; here it is that the agent never waits for ever.
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,9 +19,10 @@ import pytest
 from app.agent.agent import Agent
 from app.agent.child import Child, NoAnswer
 from app.agent.reading import GONE, Reading, Unreadable, remember
-from app.report import Gpu
+from app.report import Failed, Gpu, Make, OrderList
 from solver.samples import sample_node
 from tests.agent.conftest import Bench
+from tests.fake_nvml.control import Control
 from tests.fake_nvml.describe import describe
 
 HANG = "hang nvmlDeviceGetMemoryInfo_v2"
@@ -188,6 +193,145 @@ def test_the_child_ends_with_its_agent(bench: Bench) -> None:
     while exists(pid) and "zombie" not in Path(f"/proc/{pid}/status").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+# ---- orders ----
+
+CREATE = "nvmlDeviceCreateGpuInstanceWithPlacement"
+
+
+def made(reading: Reading) -> list[tuple[str, int | None, bool]]:
+    """What is on the first GPU: profile, place, whether it has a UUID."""
+    mig = reading.gpus[0].mig
+    assert mig is not None
+    return [(i.profile, i.start, i.uuid is not None) for i in mig.instances]
+
+
+@pytest.fixture
+def sliced(bench: Bench) -> Control:
+    """GPUs in MIG mode with nothing on them."""
+    bench.describe(describe(sample_node("n1", "8xA100-40-mig")))
+    return Control(bench.file)
+
+
+def a_slice(reading: Reading, start: int = 0) -> OrderList:
+    return OrderList(service="s", version=1, make=(Make(gpu=reading.gpus[0].uuid, profile="1g.5gb", start=start),))
+
+
+def test_a_change_shows_in_the_next_reading(sliced: Control, child: Callable[..., Child]) -> None:
+    nvml = child(deadline_seconds=20.0)
+    before = until_read(nvml)
+    assert nvml.change(a_slice(before)) == ()
+    assert made(until_read(nvml)) == [("1g.5gb", 0, True)]
+    failed = nvml.change(a_slice(before, start=3).model_copy(update={"make": (Make(gpu="?", profile="x", start=1),)}))
+    assert isinstance(failed, tuple)
+    assert [(each.gpu, each.profile, each.start) for each in failed] == [("?", "x", 1)]
+
+
+def test_what_has_not_changed_is_not_read_again_by_the_agent(sliced: Control, child: Callable[..., Child]) -> None:
+    """The child says so in one byte, and it is the same object."""
+    nvml = child(deadline_seconds=20.0)
+    first = until_read(nvml)
+    assert until_read(nvml) is first
+    nvml.change(a_slice(first))
+    second = until_read(nvml)
+    assert second is not first
+    assert until_read(nvml) is second
+
+
+def test_a_change_that_hangs_is_ended(sliced: Control, child: Callable[..., Child]) -> None:
+    """The agent's next child tells what there is."""
+    nvml = child(deadline_seconds=20.0)
+    reading = until_read(nvml)
+    hung = nvml.pid
+    assert hung is not None
+    sliced.hang(CREATE)
+    started = time.monotonic()
+    answer = nvml.change(a_slice(reading), 0.5)
+    assert isinstance(answer, NoAnswer)
+    assert answer.failed
+    assert "not carried out" in answer.reason
+    assert time.monotonic() - started < 3
+    assert not exists(hung)
+    sliced.clear("hang")
+    assert made(until_read(nvml)) == []
+    assert nvml.change(a_slice(reading)) == ()
+
+
+def test_a_child_that_dies_half_way_is_said_and_the_list_can_be_finished(
+    sliced: Control, child: Callable[..., Child]
+) -> None:
+    """Between making the GPU instance and its compute instance: the first is there, has no UUID, and is completed."""
+    nvml = child(deadline_seconds=20.0)
+    reading = until_read(nvml)
+    sliced.die(CREATE)
+    answer = nvml.change(a_slice(reading))
+    assert isinstance(answer, NoAnswer)
+    assert answer.failed
+    assert "ended with status 137" in answer.reason
+    assert made(until_read(nvml)) == [("1g.5gb", 0, False)]
+    assert nvml.change(a_slice(reading)) == ()
+    assert made(until_read(nvml)) == [("1g.5gb", 0, True)]
+
+
+def test_a_child_that_has_died_before_it_was_asked(sliced: Control, child: Callable[..., Child]) -> None:
+    nvml = child(deadline_seconds=20.0)
+    reading = until_read(nvml)
+    assert nvml.pid is not None
+    os.kill(nvml.pid, signal.SIGKILL)
+    answer = nvml.change(a_slice(reading))
+    assert isinstance(answer, NoAnswer)
+    assert "SIGKILL" in answer.reason
+
+
+def test_a_change_waits_for_the_reading_under_way(sliced: Control, child: Callable[..., Child]) -> None:
+    """The child does one thing at a time; the reading that came meanwhile is not lost."""
+    nvml = child(deadline_seconds=20.0)
+    reading = until_read(nvml)
+    sliced.delay("nvmlDeviceGetCount_v2", 400, times=1)
+    assert isinstance(nvml.look(0.05), NoAnswer)
+    assert nvml.change(a_slice(reading)) == ()
+    assert made(until_read(nvml)) == [("1g.5gb", 0, True)]
+
+
+def test_a_reading_that_takes_too_long_leaves_everything_as_it_is(sliced: Control, child: Callable[..., Child]) -> None:
+    nvml = child(deadline_seconds=20.0)
+    reading = until_read(nvml)
+    pid = nvml.pid
+    sliced.delay("nvmlDeviceGetCount_v2", 1000, times=1)
+    nvml.look(0.05)
+    answer = nvml.change(a_slice(reading), 0.1)
+    assert isinstance(answer, NoAnswer)
+    assert not answer.failed
+    assert made(until_read(nvml)) == []
+    assert nvml.pid == pid
+
+
+def test_a_list_longer_than_a_pipe_holds(sliced: Control, child: Callable[..., Child]) -> None:
+    nvml = child(deadline_seconds=20.0)
+    reading = until_read(nvml)
+    gpu = "no such GPU" + "x" * 80
+    many = OrderList(service="s", version=1, make=tuple(Make(gpu=gpu, profile="1g.5gb", start=0) for _ in range(1024)))
+    failed = nvml.change(many)
+    assert isinstance(failed, tuple)
+    assert len(failed) == 1024
+    assert isinstance(failed[0], Failed)
+    assert until_read(nvml) == reading
+
+
+def test_a_stopped_child_does_not_stop_the_agent(sliced: Control, child: Callable[..., Child]) -> None:
+    """It empties its pipe no more, so a long list would wait for ever."""
+    nvml = child(deadline_seconds=20.0)
+    until_read(nvml)
+    assert nvml.pid is not None
+    os.kill(nvml.pid, signal.SIGSTOP)
+    many = OrderList(
+        service="s", version=1, make=tuple(Make(gpu="x" * 90, profile="1g.5gb", start=0) for _ in range(1024))
+    )
+    answer = nvml.change(many, 0.5)
+    assert isinstance(answer, NoAnswer)
+    assert answer.failed
+    assert until_read(nvml).gpus
 
 
 def gpu(index: int, uuid: str) -> Gpu:
