@@ -240,3 +240,19 @@ control.xid(0, 31)
 result += [waiting(), len(xids(1))]
 """)
     assert found == [1, 0, 1, 1]
+
+
+def test_an_xid_before_nvml_failed_is_told_when_it_answers_again(pair: Session) -> None:
+    """The driver may go down with what the XID was about; the reason must not go with it."""
+    found = pair.python(f"""{UNTIL_XIDS}
+read()
+control.xid(0, 119)
+due = time.monotonic() + 20
+while not nvml._events._xids and time.monotonic() < due:
+    time.sleep(0.01)
+control.fail("nvmlDeviceGetCount_v2", 999, times=1)
+failed = read()
+result = [failed["error"], failed["xids"], xids(1)]
+""")
+    assert found[:2] == ["NVML: Unknown Error (999)", []]
+    assert [one["code"] for one in found[2]] == [119]

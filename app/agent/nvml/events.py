@@ -43,7 +43,7 @@ NO_INSTANCE = 0xFFFFFFFF
 
 
 class Events:
-    """The events of all GPUs of one session. Nothing here raises: without events a GPU is read as before."""
+    """The events of all GPUs. Nothing here raises: without events a GPU is read as before."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -57,6 +57,11 @@ class Events:
         self._failed: dict[str, str] = {}
         self._retry_at = 0.0
         self._absent = False
+
+    def begin(self) -> None:
+        """A new session: what the last one did not have, this one may. What has come and was not taken stays."""
+        self._absent = False
+        self._failed = {}
 
     def watch(self, devices: Iterable[Device]) -> None:
         """See to it that these GPUs' events arrive. Where a GPU cannot be registered its notes say so."""

@@ -14,7 +14,7 @@ from typing import Literal
 
 import pynvml
 
-from app.agent.nvml.device import A_WHILE_SECONDS, ABSENT, Device, bus_id, words
+from app.agent.nvml.device import A_WHILE_SECONDS, Device, bus_id, words
 from app.report import Gpu, Link, NvLink, Signal
 
 Common = Literal["internal", "single", "multiple", "hostbridge", "node", "system"]
@@ -52,9 +52,11 @@ class FarEnd:
 
 @dataclass(frozen=True, slots=True)
 class NvLinks:
-    """One GPU's NVLinks now: which are up, how many lead to each GPU (by bus id), how many to switches."""
+    """One GPU's NVLinks now: each by its number and whether it is up; how many of those that are up lead to each GPU
+    (by bus id), and how many to switches.
+    """
 
-    states: tuple[bool, ...]
+    states: tuple[tuple[int, bool], ...]
     to_gpu: dict[str, int]
     to_switches: int
     kind: Kind
@@ -65,7 +67,7 @@ class NvLinks:
     @property
     def active(self) -> int:
         """How many are up."""
-        return sum(self.states)
+        return sum(active for _, active in self.states)
 
 
 NO_LINKS = NvLinks((), {}, 0, "unknown", None, 0.0, in_mig_mode=False)
@@ -106,7 +108,7 @@ def _nvlinks(device: Device, gpu: Gpu, bus_ids: set[str]) -> NvLinks:
 
 def _read_nvlinks(device: Device, gpu: Gpu, bus_ids: set[str], *, in_mig_mode: bool) -> NvLinks:
     states = _states(device, in_mig_mode=in_mig_mode)
-    up = [link for link, active in enumerate(states) if active]
+    up = [link for link, active in states if active]
     ends = [_far_end(device, link, in_mig_mode=in_mig_mode) for link in up]
     to_gpu = Counter(end.gpu for end in ends if end.gpu in bus_ids)
     beyond = [end for end in ends if end.gpu not in bus_ids]
@@ -128,27 +130,29 @@ def _read_nvlinks(device: Device, gpu: Gpu, bus_ids: set[str], *, in_mig_mode: b
     )
 
 
-def _states(device: Device, *, in_mig_mode: bool) -> tuple[bool, ...]:
-    """Whether each link is up. How many there are is found once: NVML ends the list with an error."""
-    known = device.keep("NVLinks", lambda: len(_all_states(device)), given=in_mig_mode)
-    states = [
-        device.ask(f"NVLink {link}", pynvml.nvmlDeviceGetNvLinkState, device.handle, link) for link in range(known)
-    ]
-    return tuple(bool(state) for state in states)
+def _states(device: Device, *, in_mig_mode: bool) -> tuple[tuple[int, bool], ...]:
+    """Each link and whether it is up. Which links there are is found once."""
+    known = device.keep("NVLinks", lambda: _numbers(device), given=in_mig_mode)
+    states = [device.ask(f"NVLink {link}", pynvml.nvmlDeviceGetNvLinkState, device.handle, link) for link in known]
+    return tuple((link, bool(state)) for link, state in zip(known, states, strict=True))
 
 
-def _all_states(device: Device) -> list[bool]:
-    states: list[bool] = []
+def _numbers(device: Device) -> tuple[int, ...]:
+    """INVALID_ARGUMENT is past the last link; NOT_SUPPORTED is one that this board does not have, and others may."""
+    found = []
     for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
         try:
-            states.append(bool(pynvml.nvmlDeviceGetNvLinkState(device.handle, link)))
+            pynvml.nvmlDeviceGetNvLinkState(device.handle, link)
         except pynvml.NVMLError as error:
             if error.value == pynvml.NVML_ERROR_GPU_IS_LOST:
                 raise
-            if error.value not in (*ABSENT, pynvml.NVML_ERROR_INVALID_ARGUMENT):
+            if error.value == pynvml.NVML_ERROR_NOT_SUPPORTED:
+                continue
+            if error.value not in (pynvml.NVML_ERROR_FUNCTION_NOT_FOUND, pynvml.NVML_ERROR_INVALID_ARGUMENT):
                 device.notes.append(f"NVLink {link}: {words(error)}")
-            break  # this board has no further link
-    return states
+            break
+        found.append(link)
+    return tuple(found)
 
 
 def _far_end(device: Device, link: int, *, in_mig_mode: bool) -> FarEnd:

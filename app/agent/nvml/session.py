@@ -33,6 +33,7 @@ from app.report import Failed, Gpu, OrderList
 log = logging.getLogger(__name__)
 
 NO_MIG = "no GPU of this node can do MIG"
+NOT_READ = "no GPU of this node can be read"
 NOT_LISTED = "this driver shows what can be made only while MIG is on, and it is off on every GPU"
 
 
@@ -110,7 +111,7 @@ class Nvml:
             pynvml.nvmlInit()
             self._open = True
             self._versions = _versions()
-            self._events = Events(self._clock)
+            self._events.begin()
 
     # ---- a look ----
 
@@ -170,7 +171,7 @@ class Nvml:
         """Whether slices can be made on this node, or why not."""
         capable = [device for device, gpu in zip(devices, gpus, strict=True) if gpu.mig is not None]
         if not capable:
-            return False, NO_MIG
+            return False, NO_MIG if devices else NOT_READ
         if self._forbidden or any(device.privileged is False for device in capable):
             return False, self._forbidden or REMEDY
         if not any(device.privileged for device in capable):
