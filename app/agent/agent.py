@@ -229,6 +229,8 @@ class Agent:
             if ordered or telling.is_due(time.monotonic()) or (changed and not telling.failures):
                 try:
                     self.tell(reports)
+                    if telling.failures:
+                        self.standing.reached()
                     telling.went_well()
                 except ReportError as error:
                     telling.failed(str(error), time.monotonic())

@@ -55,6 +55,7 @@ class Standing:
         self._orders: OrderList | None = None
         self._woken = False
         self._listening = False
+        self._reached = False
 
     # ---- the agent's loop ----
 
@@ -71,8 +72,15 @@ class Standing:
     def taken(self, version: int, service: str) -> None:
         """The service has this report; `service` is the id it answered with."""
         with self._changed:
+            self._reached = self._reached or service != self._service
             self._version = version
             self._service = service
+            self._changed.notify_all()
+
+    def reached(self) -> None:
+        """A report was taken again after some that were not: the feed need not wait any longer either."""
+        with self._changed:
+            self._reached = True
             self._changed.notify_all()
 
     def untold(self) -> None:
@@ -99,10 +107,16 @@ class Standing:
         with self._changed:
             self._changed.wait_for(lambda: self._version is not None)
             assert self._version is not None
+            self._reached = False
             service, orders = self._has
             return Listening(
                 node=node, boot=boot, version=self._version, service=service, orders=orders, wait_seconds=wait_seconds
             )
+
+    def rest(self, seconds: float) -> None:
+        """Sleep so long, or until the service, or another one, is known to be there (also if since the last request)."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._reached, seconds)
 
     def set_listening(self, listening: bool) -> None:
         """Take over the beats, or hand them to the loop."""
@@ -158,7 +172,9 @@ class Feed:
 
     def _run(self) -> None:
         while True:
-            time.sleep(self._once())
+            wait = self._once()
+            if wait:
+                self._standing.rest(wait)
 
     def _once(self) -> float:
         """One request; how long to wait before the next."""

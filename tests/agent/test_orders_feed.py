@@ -508,6 +508,20 @@ def test_a_service_without_orders_is_asked_again_each_minute() -> None:
     assert not standing.listening
 
 
+def test_a_service_that_is_back_is_asked_at_once() -> None:
+    """However long the feed would still wait: a report has just been taken, or taken by another service."""
+    for back in (lambda standing: standing.reached(), lambda standing: standing.taken(4, "another")):
+        _, standing, _ = feed_with()
+        resting = threading.Thread(target=standing.rest, args=(60.0,), daemon=True)
+        resting.start()
+        standing.taken(5, "s")
+        resting.join(0.05)
+        assert resting.is_alive(), "a report taken as ever is no news"
+        back(standing)
+        resting.join(10)
+        assert not resting.is_alive()
+
+
 def test_a_service_that_does_not_hold_is_not_stormed() -> None:
     feed, _, _ = feed_with(OrdersReply(), orders(3), orders(3))
     assert feed._once() > 0.5
