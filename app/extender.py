@@ -114,6 +114,7 @@ class Extender:
             self._truth.fits(pod.ref.uid)
         else:
             self._refused(pod, self._summary(pod.ask, result))
+            self._truth.refused_on_all(pod.ask, args.names)
         return result
 
     def _summary(self, demand: Demand, result: Filtered) -> str:

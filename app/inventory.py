@@ -54,7 +54,7 @@ class Inventory:
         self._ownership: dict[str, Ownership] = {}
         self._versions: dict[str, dict[str, str]] = {}
         self.geometries: set[Geometry] = set()
-        """How boards in MIG mode can be cut, of every report so far: of MOST_GEOMETRIES about."""
+        """How boards in MIG mode can be cut, where somebody does: of every report so far, MOST_GEOMETRIES about."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._entries))
@@ -75,7 +75,7 @@ class Inventory:
         self.drop(report.node)
         node = self._node_of(report)
         self._entries[report.node] = Entry(report, node, users_of(report), now, lasting, uuids_of(report))
-        if len(self.geometries) < MOST_GEOMETRIES:
+        if len(self.geometries) < MOST_GEOMETRIES and not self.why_no_slices(report.node):
             self.geometries.update([gpu.geometry for gpu in node.gpus if gpu.geometry is not None])
         for gpu in report.gpus:
             self._homes.setdefault(gpu.uuid, set()).add(report.node)

@@ -21,6 +21,9 @@ from solver.cluster import devices_of
 REST_SECONDS = 60.0
 """Chosen by feel: longer than a pod needs to be scheduled on the GPU that was switched for it."""
 
+PATIENCE_SECONDS = 15.0
+"""After a GPU was switched for a kind of demand: kube-scheduler may wait 10 s before it tries a refused pod again."""
+
 WAIT_SECONDS = 2.0
 """A pod must have waited so long before a GPU changes for it: room that is just being made comes first."""
 
@@ -45,6 +48,7 @@ class Modes:
         self._truth = truth
         self._clock = clock
         self._switched_at: dict[str, float] = {}
+        self._switched_for: dict[Demand, float] = {}
 
     def sweep(self) -> None:
         """Switch what is to be switched now: what pods hold already, then one GPU for the pods that wait."""
@@ -52,7 +56,12 @@ class Modes:
             self._bring_back(name)
         asked = [each.pod.ask for each in self._waiting()]
         demands = list(dict.fromkeys(ask for ask in asked if isinstance(ask, Demand)))
+        self._switched_for = {
+            demand: at for demand, at in self._switched_for.items() if self._clock() - at < PATIENCE_SECONDS
+        }
         for demand in demands:
+            if demand in self._switched_for:
+                continue
             if demand.slices and self._switch_one(demand, enabled=True):
                 return
             if demand.gpus and not demand.slices and self._switch_one(demand, enabled=False):
@@ -73,7 +82,7 @@ class Modes:
     def _switch_one(self, demand: Demand, *, enabled: bool) -> bool:
         """Switch one idle GPU that would serve the demand; of several, one beside most GPUs of that mode."""
         found = []
-        for name in self._inventory:
+        for name in self._truth.refused_on.get(demand, ()):
             entry = self._inventory.get(name)
             if entry is None or self._offers.fault(name) or self._orders.is_switching(name):
                 continue
@@ -89,6 +98,7 @@ class Modes:
         if instances:
             self._orders.clear(name, gpu.uuid)  # all idle, since nothing of the GPU is taken; the mode comes next
         else:
+            self._switched_for[demand] = self._clock()
             self._switch(name, gpu, enabled=enabled)
         return True
 

@@ -17,6 +17,7 @@ from solver import Demand, Device
 from solver.cluster import GPU_MILLI
 
 RECENTLY_GONE = 10_000  # UIDs; kube-scheduler may ask for a pod until its own watch has seen the deletion
+KINDS_KEPT = 100  # kinds of refused demands; each has a list of the nodes it was refused on
 ARRIVALS_KEPT = 4096  # then each count is halved: the mix of pods is that of the last thousands
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ class Truth:
         """How often `pending` has changed."""
         self.arrivals: Counter[Demand] = Counter()
         """What pods have asked for lately."""
+        self.refused_on: dict[Demand, Sequence[str]] = {}
+        """The nodes that were last asked about for a kind of demand that none of them could serve, latest last."""
         self.askers: set[str] = set()
         """Names of the schedulers that have asked us about pods."""
         self.unexplained: dict[str, str] = {}
@@ -369,6 +372,13 @@ class Truth:
         while len(self.waiting) >= self._most_waiting:
             self.waiting.pop(next(iter(self.waiting)))
         self.waiting[pod.ref.uid] = Waiting(pod, reason, before.since if before else now, now)
+
+    def refused_on_all(self, demand: Demand, names: Sequence[str]) -> None:
+        """None of these nodes, all that kube-scheduler would take, has room for the demand."""
+        self.refused_on.pop(demand, None)
+        self.refused_on[demand] = names
+        if len(self.refused_on) > KINDS_KEPT:
+            del self.refused_on[next(iter(self.refused_on))]
 
     def fits(self, uid: str) -> None:
         """A node was found for this pod."""
