@@ -175,6 +175,11 @@ def test_a_body_that_is_too_large_is_refused_in_words(stack: Stack, token: str, 
     assert "larger than" in reply.json()["detail"]
 
 
+def test_a_strangers_body_is_not_even_read(stack: Stack) -> None:
+    reply = stack.service.as_agent(REPORTS, b" " * (8 << 20), token=None)
+    assert reply.status_code == 401
+
+
 # -- what passes --------------------------------------------------------------------------------------
 
 
