@@ -137,7 +137,7 @@ typedef struct {
     Compute computes[MAX_COMPUTES];
 } GpuState;
 typedef struct {
-    unsigned boots, gpu_count, next_generation, event_count;
+    unsigned boots, gpu_count, next_generation, unused;
     uint64_t acted;     /* the number of the last one-shot act of the control file that was carried out */
     uint64_t sequence;  /* the number of the last event */
     Event events[MAX_EVENTS];

@@ -18,7 +18,7 @@ MAX_GPUS, MAX_INSTANCES, MAX_COMPUTES, MAX_EVENTS, MAX_COUNTED = 64, 32, 64, 64,
 MAGIC = 0x3147494D
 
 _FILE = struct.Struct("=IIQ48x")  # magic, size, turn
-_STATE = struct.Struct("=IIIIQQ")  # boots, gpu_count, next_generation, event_count, acted, sequence
+_STATE = struct.Struct("=IIIIQQ")  # boots, gpu_count, next_generation, unused, acted, sequence
 _GPU = struct.Struct("=96sQIIIIII")  # uuid, described, generation, current, pending, instances, computes, unused
 _INSTANCE = struct.Struct("=IIIII44s")  # id, profile_id, start, size, generation, profile
 _COMPUTE = struct.Struct("=IIIIII64s")  # gi, id, mig_index, slices, start, generation, uuid
