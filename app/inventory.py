@@ -191,13 +191,16 @@ def node_of(report: NodeReport, *, as_it_is: bool = False) -> Node:
 
 
 def users_of(report: NodeReport) -> dict[Device, frozenset[str]]:
-    """Who has processes on which device: pods by UID, and where pods can be seen also what belongs to none
-    (`PROCESS`, then its PID)."""
+    """Who has processes on which device: pods by UID, and what belongs to none (`PROCESS`, then its PID).
+
+    Where pods cannot be seen, a process on a GPU may well be its holder's, and counts only in a slice, which is
+    nobody else's to remove.
+    """
     users: dict[Device, frozenset[str]] = {}
     for gpu in report.gpus:
         _note(users, Device(gpu.uuid), gpu.pods, gpu.processes, report.sees_pods)
         for instance in _instances(gpu):
-            _note(users, Device(gpu.uuid, _slice(instance)), instance.pods, instance.processes, report.sees_pods)
+            _note(users, Device(gpu.uuid, _slice(instance)), instance.pods, instance.processes, True)
     return users
 
 
@@ -209,10 +212,12 @@ def _note(
     device: Device,
     pods: Iterable[str],
     processes: Iterable[Process],
-    sees_pods: bool,
+    counts_strays: bool,
 ) -> None:
     """Graphics processes (a display server) do not keep a GPU from being used."""
-    strays = {f"{PROCESS}{each.pid}" for each in processes if sees_pods and not each.pod and each.kind != "graphics"}
+    strays = {
+        f"{PROCESS}{each.pid}" for each in processes if counts_strays and not each.pod and each.kind != "graphics"
+    }
     found = frozenset({*pods, *strays})
     if found:
         users[device] = found

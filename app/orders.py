@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 HELD_PART = 3  # a request is held for this part of `stale_seconds` at most: it is also the agent's sign of life
 
+NEVER = float("inf")
+
 Facts = tuple[object, ...]
 
 
@@ -57,6 +59,15 @@ class Desk:
     failures: dict[Device, tuple[int, str]] = field(default_factory=dict)
     switches: dict[str, bool] = field(default_factory=dict)
     sent_at: float = 0.0
+    due: float = NEVER
+    """When time alone changes something: a slice has been idle for too long, a failure is to be tried again."""
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether nothing is wanted and nothing uncertain."""
+        orders = self.orders
+        wanted = orders.make or orders.remove or orders.switch or self.switches
+        return not (wanted or self.doubts or self.going or self.troubles or self.idle_since)
 
 
 class Orders:
@@ -105,6 +116,7 @@ class Orders:
             desk = self._desks.get(said.node)
             if desk is not None and self._ready() and self._is_news(desk.orders, said):
                 desk.sent_at = self._clock()
+                desk.due = self._next_due(desk)
                 return OrdersReply(service=self._service, orders=desk.orders)
             left = latest - self._clock()
             if left <= 0:
@@ -206,11 +218,15 @@ class Orders:
         for name in names:
             entry = self._inventory.get(name)
             if entry is not None and (name in self._desks or self._inventory.slices_are_made(name)):
-                self._refresh(name, entry, self._desk(name))
+                desk = self._desk(name)
+                if desk.is_clear and all(gpu.geometry is None for gpu in entry.node.gpus):
+                    continue  # nothing of MIG is there: most nodes
+                self._refresh(name, entry, desk)
 
     def sweep(self) -> None:
-        """Look at every list again for what time brings: idle slices, failures to be tried again."""
-        self.refresh(list(self._desks))
+        """Look again where time has brought something: idle slices, failures to be tried again."""
+        now = self._clock()
+        self.refresh([name for name, desk in self._desks.items() if desk.due <= now])
 
     def switch(self, name: str, gpu: str, *, enabled: bool) -> None:
         """Have the MIG mode of this GPU switched; it is kept back until its report shows it."""
@@ -250,7 +266,17 @@ class Orders:
         else:
             self._note_withdrawn(entry, desk, makes)
         self._put(entry, desk, makes, removes, now)
+        desk.due = self._next_due(desk)
         self._offers.keep_back(name, self._kept_back(desk), frozenset(desk.going))
+
+    def _next_due(self, desk: Desk) -> float:
+        times = [trouble.until for trouble in desk.troubles.values()]
+        if desk.idle_since and self._idle_seconds:
+            fresh = [since for device, since in desk.idle_since.items() if device not in desk.going]
+            times += [min(fresh) + self._idle_seconds] if fresh else []
+        if desk.sent_at and (desk.orders.make or desk.orders.remove or desk.orders.switch):
+            times.append(desk.sent_at + self._retry_seconds)
+        return min(times, default=NEVER)
 
     def _mend(self, entry: Entry, desk: Desk, now: float) -> None:
         """Forget troubles that are over, and modes that are as wanted."""
