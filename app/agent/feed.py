@@ -114,7 +114,7 @@ class Standing:
             )
 
     def rest(self, seconds: float) -> None:
-        """Sleep so long, or until the service, or another one, is known to be there (also if since the last request)."""
+        """Sleep so long, or until it is known (or has been since the last request) that the service is back."""
         with self._changed:
             self._changed.wait_for(lambda: self._reached, seconds)
 

@@ -512,6 +512,7 @@ def test_a_service_that_is_back_is_asked_at_once() -> None:
     """However long the feed would still wait: a report has just been taken, or taken by another service."""
     for back in (lambda standing: standing.reached(), lambda standing: standing.taken(4, "another")):
         _, standing, _ = feed_with()
+        standing.next_listening("n1", "b", 10)
         resting = threading.Thread(target=standing.rest, args=(60.0,), daemon=True)
         resting.start()
         standing.taken(5, "s")
