@@ -129,6 +129,16 @@ def test_what_cannot_be_listed_is_not_taken_for_removed(a100: Session) -> None:
     assert failed[0][0].reason.startswith("the instances of this GPU cannot be listed: MIG instances: Unknown Error")
 
 
+def test_a_mode_that_cannot_be_read_is_not_taken_for_no_mig(a100: Session) -> None:
+    place = SliceAt(gpu=a100.gpu(0), profile="1g.5gb", start=0)
+    a100.control.fail("nvmlDeviceGetMigMode", 999)
+    told = order_list(
+        remove=(place,), make=(Make(**place.model_dump()),), switch=(Switch(gpu=place.gpu, enabled=True),)
+    )
+    failed, _ = a100.change(told)
+    assert [one.reason for one in failed[0]] == ["MIG mode: Unknown Error (999)"] * 3
+
+
 def test_an_instance_that_took_anothers_ids_is_seen_as_it_is(a100: Session) -> None:
     """Ids are used again: what was kept of the first must not be said of the second."""
     first = Make(gpu=a100.gpu(0), profile="3g.20gb", start=4)
@@ -182,6 +192,23 @@ def test_a_gpu_instance_goes_again_when_its_compute_instance_fails(a100: Session
     assert places(after.gpus[0]) == []
     failed, _ = a100.change(told)
     assert failed == [[]], "the next time it is made"
+
+
+def test_whatever_fails_between_the_two_calls_leaves_nothing(a100: Session) -> None:
+    """Not only the second call itself: that its profile cannot be found, too."""
+    a100.control.fail("nvmlGpuInstanceGetComputeInstanceProfileInfoV", 999)
+    failed, after = a100.change(order_list(make=(Make(gpu=a100.gpu(0), profile="2g.10gb", start=4),)))
+    words = "making the compute instance of 2g.10gb at 4: NVML: Unknown Error (999)"
+    assert [one.reason for one in failed[0]] == [words]
+    assert places(after.gpus[0]) == []
+
+
+def test_what_cannot_be_undone_is_said(a100: Session) -> None:
+    a100.control.fail("nvmlGpuInstanceCreateComputeInstance", 999)
+    a100.control.refuse_remove(0, "2g.10gb", 4)
+    failed, after = a100.change(order_list(make=(Make(gpu=a100.gpu(0), profile="2g.10gb", start=4),)))
+    assert "(999); not removed again: removing 2g.10gb at 4: NVML:" in failed[0][0].reason
+    assert [one.uuid for one in instances(after.gpus[0])] == [None]
 
 
 def test_an_agent_that_dies_between_the_two_calls_finishes_when_told_again(a100: Session) -> None:

@@ -49,13 +49,11 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What one order has made in this turn; `handle` is the GPU instance's."""
+    """What one order has made in this turn, by the handles to remove exactly that again; None: it was there before."""
 
-    handle: Any
-    device: Device
     order: Make
-    whole: bool
-    """Whether the GPU instance is new, too, and not only the compute instance in it."""
+    gpu_instance: Any
+    compute_instance: Any
 
 
 @dataclass(slots=True)
@@ -114,14 +112,12 @@ class Changer:
         """Why it failed, or nothing."""
         try:
             act()
-        except Refused as refused:
-            return str(refused)
-        except pynvml.NVMLError as error:
-            return f"NVML: {words(error)}"
+        except (Refused, pynvml.NVMLError) as error:
+            return _said(error)
         return ""
 
     def _do(self, doing: str, call: Callable[..., Any], *arguments: Any) -> Any:
-        """One changing call; its failure names what was being done. Raises Refused.
+        """One call, or a few, in the course of a change; a failure names what was being done. Raises Refused.
 
         Modes may be for others to switch (CAP_SYS_ADMIN) than instances to make (the mig/config capability).
         """
@@ -132,7 +128,7 @@ class Changer:
                 if call is not pynvml.nvmlDeviceSetMigMode:
                     self.forbidden = REMEDY
                 raise Refused(f"{doing}: {REMEDY}") from error
-            raise Refused(f"{doing}: NVML: {words(error)}") from error
+            raise Refused(f"{doing}: {_said(error)}") from error
 
     # ---- one order ----
 
@@ -143,8 +139,7 @@ class Changer:
         there = self._at(device, make)
         if there is not None:
             if not _computes(there.handle):
-                self._make_compute(make, profile, there.handle)
-                made.append(Made(there.handle, device, make, whole=False))
+                made.append(Made(make, None, self._make_compute(make, profile, there.handle)))
             return
         for place in make.remove:
             self._remove(place)
@@ -154,36 +149,36 @@ class Changer:
             handle = self._do(f"making {_where(make)}", create, device.handle, profile.id, byref(placement))
         except Refused as refused:
             raise Refused(f"{refused}; {self._what_is_there(device)}") from refused
-        new = Made(handle, device, make, whole=True)
         try:
-            self._make_compute(make, profile, handle)
+            compute = self._make_compute(make, profile, handle)
         except Refused as refused:
-            raise Refused(f"{refused}{self._undo([new])}") from refused
-        made.append(new)
+            raise Refused(f"{refused}{self._undo([Made(make, handle, None)])}") from refused
+        made.append(Made(make, handle, compute))
         log.info("made %s on %s", _where(make), make.gpu)
 
-    def _make_compute(self, make: Make, profile: Profile, handle: Any) -> None:
+    def _make_compute(self, make: Make, profile: Profile, handle: Any) -> Any:
         """The compute instance that takes all of the GPU instance: with it there is a MIG device and a UUID."""
-        found = _compute_profiles(handle)
+        doing = f"making the compute instance of {_where(make)}"
+        found = self._do(doing, _compute_profiles, handle)
         whole = [info.id for info in found if info.sliceCount == profile.compute_slices]
         if not whole:
             sizes = ", ".join(str(info.sliceCount) for info in found)
             raise Refused(
                 f"{_where(make)} takes no compute instance of {profile.compute_slices} slices (only {sizes or 'none'})"
             )
-        doing = f"making the compute instance of {_where(make)}"
-        self._do(doing, pynvml.nvmlGpuInstanceCreateComputeInstance, handle, whole[0])
+        return self._do(doing, pynvml.nvmlGpuInstanceCreateComputeInstance, handle, whole[0])
 
     def _undo(self, made: list[Made]) -> str:
-        """Remove again what was made in this turn; what is left of it, in words."""
+        """Remove again what was made in this turn, and nothing else; what is left of it, in words."""
         left = []
         for one in reversed(made):
+            computes = [] if one.compute_instance is None else [one.compute_instance]
             try:
-                self._destroy(_where(one.order), one.handle, whole=one.whole)
-            except (Refused, pynvml.NVMLError) as error:
-                left.append(f"{_where(one.order)} could not be removed again: {error}")
+                self._destroy(_where(one.order), computes, one.gpu_instance)
+            except Refused as refused:
+                left.append(f"; not removed again: {refused}")
         made.clear()
-        return "".join(f"; {sentence}" for sentence in left)
+        return "".join(left)
 
     def _remove(self, place: SliceAt) -> None:
         """Remove exactly this instance, if it is there and nobody uses it."""
@@ -191,20 +186,21 @@ class Changer:
         there = self._at(device, place)
         if there is None:
             return
-        for compute in _computes(there.handle):
+        computes = self._do(f"looking into {_where(place)}", _computes, there.handle)
+        for compute in computes:
             self._refuse_if_used(device, pynvml.nvmlComputeInstanceGetInfo(compute).device, _where(place))
-        self._destroy(_where(place), there.handle, whole=True)
+        self._destroy(_where(place), computes, there.handle)
         log.info("removed %s from %s", _where(place), place.gpu)
 
-    def _destroy(self, where: str, handle: Any, *, whole: bool) -> None:
-        for compute in _computes(handle):
+    def _destroy(self, where: str, computes: list[Any], gpu_instance: Any) -> None:
+        for compute in computes:
             self._do(f"removing the compute instance of {where}", pynvml.nvmlComputeInstanceDestroy, compute)
-        if whole:
-            self._do(f"removing {where}", pynvml.nvmlGpuInstanceDestroy, handle)
+        if gpu_instance is not None:
+            self._do(f"removing {where}", pynvml.nvmlGpuInstanceDestroy, gpu_instance)
 
     def _switch(self, switch: Switch) -> None:
         device = self._device(switch.gpu)
-        mode = mode_of(device)
+        mode = self._mode(device)
         turned = "on" if switch.enabled else "off"
         if mode is None:
             raise Refused(f"MIG cannot be turned {turned}: this board has no MIG")
@@ -239,8 +235,7 @@ class Changer:
         if not enabled:
             self._refuse_if_used(device, device.handle, "the GPU")
             return
-        there = gpu_instances(device, profiles_of(device, enabled=True))
-        if there:
+        if self._instances(device):
             raise Refused(f"MIG cannot be turned off while there are instances: {self._what_is_there(device)}")
 
     # ---- what an order is about ----
@@ -252,7 +247,7 @@ class Changer:
         return device
 
     def _profile(self, device: Device, make: Make) -> Profile:
-        mode = mode_of(device)
+        mode = self._mode(device)
         if mode is None:
             raise Refused(f"{_where(make)} is wanted, and this board has no MIG")
         if not mode[0]:
@@ -266,19 +261,34 @@ class Changer:
                 return profile
         raise Refused(f"{_where(make)} is wanted, and this board has {', '.join(p.name for p in known) or 'nothing'}")
 
-    def _at(self, device: Device, place: SliceAt) -> GpuInstance | None:
-        """The instance that is exactly there. A listing that fails must not read as "nothing there"."""
+    def _mode(self, device: Device) -> tuple[bool, bool] | None:
+        """As `mode_of`; but that it cannot be read must not pass for a board without MIG."""
+        before = len(device.notes)
         mode = mode_of(device)
+        if len(device.notes) > before:
+            raise Refused("; ".join(device.notes[before:]))
+        return mode
+
+    def _at(self, device: Device, place: SliceAt) -> GpuInstance | None:
+        """The instance that is exactly there."""
+        mode = self._mode(device)
         if mode is None or not mode[0]:
             return None
+        for one in self._instances(device):
+            if (one.profile.name, one.start) == (place.profile, place.start):
+                return one
+        return None
+
+    def _instances(self, device: Device) -> list[GpuInstance]:
+        """All that are there; that they cannot be listed must not pass for nothing there."""
         before = len(device.notes)
         there = gpu_instances(device, profiles_of(device, enabled=True))
         if device.privileged is False:
             self.forbidden = REMEDY
-            raise Refused(f"{_where(place)}: {REMEDY}")
+            raise Refused(f"the instances of this GPU cannot be listed: {REMEDY}")
         if len(device.notes) > before:
             raise Refused(f"the instances of this GPU cannot be listed: {'; '.join(device.notes[before:])}")
-        return next((i for i in there if (i.profile.name, i.start) == (place.profile, place.start)), None)
+        return there
 
     def _what_is_there(self, device: Device) -> str:
         try:
@@ -332,6 +342,10 @@ def _size(profile: Profile, start: int) -> int:
             return place.size
     starts = ", ".join(str(place.start) for place in profile.placements)
     raise Refused(f"{profile.name} cannot start at {start} on this board; it can at {starts or 'none'}")
+
+
+def _said(error: Refused | pynvml.NVMLError) -> str:
+    return str(error) if isinstance(error, Refused) else f"NVML: {words(error)}"
 
 
 def _where(place: SliceAt) -> str:
