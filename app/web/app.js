@@ -181,7 +181,7 @@ function podHaystack(pod) {
 
 /** Everything of a node that is drawn; the age of its report is not, or each card would change every second. */
 function nodeSignature(node) {
-  return JSON.stringify([node.name, node.offered, node.reason, node.product, isSilent(node), node.gpus, strays(node)]);
+  return JSON.stringify([node.name, node.offered, node.reason, node.product, isSilent(node), node.gpus, strays(node), node.orders, node.slices]);
 }
 
 const isSilent = (node) => (node.reported_seconds_ago ?? 0) > SILENT_SECONDS;
@@ -564,19 +564,36 @@ function nodeDetail(name, gpuUuid) {
     body: () => [
       node.offered ? null : h("p", { class: "words" }, `Not offered: ${node.reason || "no reason given"}.`),
       facts([["GPUs", shortProduct(node)], ["Free", roomWords(node)], ["Driver", node.driver], ["CUDA", node.cuda],
+        ...versionFacts(node),
         ["Reported", h("span", { "data-age": "" })], node.offered ? ["Offered", `yes${node.reason ? ` (${node.reason})` : ""}`] : null]),
       h("section", {}, h("h3", {}, "GPUs and slices"), node.gpus.map((gpu) => board(node, gpu, gpu.uuid === gpuUuid))),
+      node.slices ? h("p", { class: "words" }, `Only slices that exist are given out: ${node.slices}.`) : null,
+      orderWords(node).length ? h("section", {}, h("h3", {}, "Being changed by its agent"),
+        h("ul", {}, orderWords(node).map((each) => h("li", { class: "mono" }, each)))) : null,
       strays(node).length ? h("section", {}, h("h3", {}, "Held, but not in its report"), h("ul", {}, strays(node).map((each) => h("li", {},
         h("span", { class: "mono" }, each.device), " ", podLink(each.pod, each.device))))) : null,
     ],
   };
 }
 
+/** What its agent is told to make, remove and switch, and has not done yet. */
+function orderWords(node) {
+  const orders = node.orders || { make: [], remove: [], switch: [] };
+  return [...orders.make.map((each) => `make ${each}`), ...orders.remove.map((each) => `remove ${each}`), ...orders.switch];
+}
+
+/** The rest of the chain of versions; driver and CUDA have their own place. */
+function versionFacts(node) {
+  const names = { kernel: "Kernel", toolkit: "Toolkit", runtime: "Runtime", kubelet: "Kubelet" };
+  const versions = node.versions || {};
+  return Object.keys(names).filter((key) => versions[key]).map((key) => [names[key], versions[key]]);
+}
+
 function board(node, gpu, here) {
   const ruler = gpu.mig ? h("div", { class: "ruler", "aria-hidden": "true" }, Array.from({ length: gpu.width }, (_, i) => h("span", {}, String(i)))) : null;
   const rows = gpu.mig
     ? gpu.slices.slice().sort((a, b) => a.start - b.start).map((s) => h("li", {}, h("span", {}, h("span", { class: "mono" }, `${s.profile}@${s.start}`),
-      ` ${s.phase}${notMade(s)}`), s.pod ? podLink(s.pod, `${gpu.uuid}${s.start}`) : "nobody's"))
+      ` ${s.phase}${notMade(s)}`, s.uuid ? h("span", { class: "mono" }, ` ${s.uuid}`) : null), s.pod ? podLink(s.pod, `${gpu.uuid}${s.start}`) : "nobody's"))
     : sharesOf(gpu).length ? sharesOf(gpu).map((s) => h("li", {}, h("span", {}, h("span", { class: "mono" }, `${s.milli} milli`), ` ${s.phase}`),
       podLink(s.pod, `${gpu.uuid}${s.pod.uid}`)))
     : gpu.pod ? [h("li", {}, h("span", {}, gpu.phase), podLink(gpu.pod, gpu.uuid))] : [];
@@ -586,6 +603,8 @@ function board(node, gpu, here) {
     h("span", { class: "mono", title: gpu.uuid }, gpu.uuid)),
     drawGpu(gpu, true), ruler,
     gpu.reason ? h("p", { class: "why" }, gpu.reason) : null,
+    (gpu.signals || []).map((signal) => h("p", { class: "why" }, signal)),
+    gpu.note ? h("p", { class: "words" }, gpu.note) : null,
     h("ul", {}, rows));
 }
 

@@ -53,6 +53,28 @@ def test_shares_are_drawn_as_wide_as_they_are_and_told_in_words(stub: Stub, open
     expect(page.locator("#detail")).to_contain_text("250 milli free on 1 shared GPU")
 
 
+def test_a_node_says_what_its_agent_is_told_to_do_and_how_its_gpus_are(stub: Stub, open_page: Open) -> None:
+    node = stub.canned.nodes[0]
+    node["orders"] = {"make": ["GPU-1/3g.40gb@4"], "remove": ["GPU-1/1g.10gb@0"], "switch": ["GPU-2: MIG on"]}
+    node["slices"] = "it can see and cannot change"
+    node["versions"] = {"kernel": "6.8.0", "kubelet": "v1.37.1"}
+    node["gpus"][0] |= {"signals": ["xid: suspect: 74"], "note": "drain the node first"}
+    page = open_page(stub.url)
+    page.locator(f'.node:has-text("{node["name"]}") a').first.click()
+
+    detail = page.locator("#detail")
+    for words in (
+        "make GPU-1/3g.40gb@4",
+        "remove GPU-1/1g.10gb@0",
+        "GPU-2: MIG on",
+        "Only slices that exist are given out: it can see and cannot change.",
+        "v1.37.1",
+        "xid: suspect: 74",
+        "drain the node first",
+    ):
+        expect(detail).to_contain_text(words)
+
+
 def test_every_phase_is_told_by_more_than_colour(stub: Stub, open_page: Open) -> None:
     page = open_page(stub.url)
     expect(page.locator(".node").first).to_be_visible()
