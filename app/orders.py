@@ -257,12 +257,15 @@ class Orders:
         removes: list[Device] = []
         if self._inventory.slices_are_made(name) and not entry.report.error:
             _, taken = self._offers.view(name)
-            on_gpu = _by_gpu(devices_of(taken))
+            wanted, owners, held = _by_gpu(devices_of(taken)), *self._holders(name)
             for gpu in entry.report.gpus:
-                makes += self._makes(name, entry, gpu, on_gpu.get(gpu.uuid, set()))
+                if gpu.uuid in owners:
+                    makes += self._makes(entry, gpu, wanted[gpu.uuid], owners[gpu.uuid])
             self._note_withdrawn(entry, desk, makes)
             for gpu in entry.report.gpus:
-                removes += self._removes(entry, gpu, on_gpu.get(gpu.uuid, set()), desk, now)
+                if gpu.mig is not None and gpu.mig.enabled:
+                    idle = _idle(entry, gpu, wanted.get(gpu.uuid, set()))
+                    removes += self._removes(gpu.uuid, idle, held.get(gpu.uuid, set()), desk, now)
         else:
             self._note_withdrawn(entry, desk, makes)
         self._put(entry, desk, makes, removes, now)
@@ -294,22 +297,26 @@ class Orders:
             ):
                 del desk.switches[uuid]
 
-    def _makes(self, name: str, entry: Entry, gpu: Gpu, wanted: set[Slice]) -> Iterator[Make]:
+    def _holders(self, name: str) -> tuple[dict[str, dict[Slice, str]], dict[str, set[Slice]]]:
+        """By GPU: the slices of pods that shall have them, with the pods' UIDs; all that are firmly held."""
+        owners: dict[str, dict[Slice, str]] = {}
+        held: dict[str, set[Slice]] = {}
+        for hold in self._ledger.firmly(name):
+            for device in hold.devices:
+                if device.slice is None:
+                    continue
+                held.setdefault(device.gpu, set()).add(device.slice)
+                if hold.phase in (Phase.ASSUMED, Phase.HELD):
+                    owners.setdefault(device.gpu, {})[device.slice] = hold.pod.uid
+        return owners, held
+
+    def _makes(self, entry: Entry, gpu: Gpu, wanted: set[Slice], owners: Mapping[Slice, str]) -> Iterator[Make]:
         """The held slices of this GPU that do not exist, and what is in their way."""
-        geometry = _geometry(entry, gpu)
-        if geometry is None or gpu.health == "bad":
-            return
-        owners = {
-            device.slice: hold.pod.uid
-            for hold in self._ledger.firmly(name)
-            if hold.phase in (Phase.ASSUMED, Phase.HELD)
-            for device in hold.devices
-            if device.gpu == gpu.uuid and device.slice is not None
-        }
         missing = [each for each in sorted(owners) if Device(gpu.uuid, each) not in entry.uuids]
-        if not missing or faults(geometry, wanted):
+        geometry = _geometry(entry, gpu) if missing else None
+        if geometry is None or gpu.mig is None or gpu.health == "bad" or faults(geometry, wanted):
             return
-        names = {profile_as_asked(profile.name): profile.name for profile in gpu.mig.profiles} if gpu.mig else {}
+        names = {profile_as_asked(profile.name): profile.name for profile in gpu.mig.profiles}
         way = in_the_way(geometry, wanted, _idle(entry, gpu, wanted))
         for number, each in enumerate(missing):
             yield Make(
@@ -320,27 +327,19 @@ class Orders:
                 remove=tuple(_at(gpu, names, piece) for piece in way) if number == 0 else (),
             )
 
-    def _removes(self, entry: Entry, gpu: Gpu, wanted: set[Slice], desk: Desk, now: float) -> Iterator[Device]:
-        """The slices of this GPU that have been idle for too long, and those that are going already.
-
-        `wanted` has the going ones too, since nobody may be given them.
-        """
-        going = {each.slice for each in desk.going if each.gpu == gpu.uuid}
-        held = {
-            device.slice
-            for hold in self._ledger.firmly(entry.node.name)
-            for device in hold.devices
-            if device.gpu == gpu.uuid
-        }
-        idle = {Device(gpu.uuid, each) for each in _idle(entry, gpu, wanted)}
-        for device in [each for each in desk.idle_since if each.gpu == gpu.uuid and each not in idle]:
+    def _removes(
+        self, gpu: str, idle_slices: Iterable[Slice], held: set[Slice], desk: Desk, now: float
+    ) -> Iterator[Device]:
+        """The slices of this GPU that have been idle for too long, and those that are going already."""
+        idle = {Device(gpu, each) for each in idle_slices}
+        for device in [each for each in desk.idle_since if each.gpu == gpu and each not in idle]:
             del desk.idle_since[device]
         for device in idle:
             since = desk.idle_since.setdefault(device, now)
             too_long = now >= since + self._idle_seconds if self._idle_seconds else since == float("-inf")
-            if too_long and not desk.troubles.get(gpu.uuid):
+            if too_long and gpu not in desk.troubles:
                 yield device
-        yield from [Device(gpu.uuid, each) for each in going - held]
+        yield from [each for each in desk.going if each.gpu == gpu and each.slice not in held]
 
     def _note_withdrawn(self, entry: Entry, desk: Desk, makes: Iterable[Make]) -> None:
         """What is no longer to be made, and is not there, may be made all the same until the agent has a newer list."""
@@ -359,17 +358,7 @@ class Orders:
     def _put(self, entry: Entry, desk: Desk, makes: list[Make], removes: list[Device], now: float) -> None:
         """Replace the list where it is another, or where what is wanted for long has not come."""
         before = desk.orders
-        names = {
-            (gpu.uuid, profile_as_asked(profile.name)): profile.name
-            for gpu in entry.report.gpus
-            if gpu.mig is not None
-            for profile in gpu.mig.profiles
-        }
-        remove = tuple(
-            SliceAt(gpu=each.gpu, profile=names[each.gpu, each.slice.profile], start=each.slice.start)
-            for each in sorted(set(removes))
-            if each.slice is not None and (each.gpu, each.slice.profile) in names
-        )
+        remove = tuple(_places(entry, sorted(set(removes)))) if removes else ()
         switch = tuple(Switch(gpu=gpu, enabled=enabled) for gpu, enabled in sorted(desk.switches.items()))
         make = tuple(makes)
         wanted = bool(make or remove or switch)
@@ -417,6 +406,20 @@ class Orders:
             "remove": float(sum(len(each.remove) for each in lists)),
             "switch": float(sum(len(each.switch) for each in lists)),
         }
+
+
+def _places(entry: Entry, devices: Iterable[Device]) -> Iterator[SliceAt]:
+    """Devices as an agent names them: by NVML's own profile names."""
+    names = {
+        (gpu.uuid, profile_as_asked(profile.name)): profile.name
+        for gpu in entry.report.gpus
+        if gpu.mig is not None
+        for profile in gpu.mig.profiles
+    }
+    for device in devices:
+        if device.slice is not None and (device.gpu, device.slice.profile) in names:
+            profile = names[device.gpu, device.slice.profile]
+            yield SliceAt(gpu=device.gpu, profile=profile, start=device.slice.start)
 
 
 def _by_gpu(devices: Iterable[Device]) -> dict[str, set[Slice]]:
