@@ -14,7 +14,7 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Protocol
@@ -246,7 +246,7 @@ class _Telling:
 
     failures: int = 0
     not_before: float = 0.0
-    said: str = field(default="")
+    said: str = ""
 
     def is_due(self, now: float) -> bool:
         return now >= self.not_before

@@ -25,7 +25,8 @@ WAIT_SECONDS = 10.0
 
 RETRY_SECONDS = (1.0, 15.0)
 """After a request that failed, report or held one: the first wait, doubled each time up to the last. The last is what a
-node stays unknown for after a long outage of the service; 5,000 agents then ask 300 times a second."""
+node stays unknown for after a long outage of the service; 5,000 agents then knock 600 times a second, each for a report
+and for orders. A report that is taken again ends the wait for orders, too."""
 
 OLDER_SERVICE_SECONDS = 60.0
 """Before asking again a service that has no orders: it may have been replaced by a newer one."""
@@ -89,10 +90,10 @@ class Standing:
             self._version = None
 
     def take_orders(self) -> OrderList | None:
-        """The newest list that was not carried out yet, once."""
+        """The newest list that was not carried out yet, once; none of a service that has been followed by another."""
         with self._changed:
             orders, self._orders = self._orders, None
-            return orders
+            return orders if orders is not None and orders.service == self._service else None
 
     def wait(self, seconds: float) -> None:
         """Sleep so long, or until there are orders or a report is wanted."""

@@ -32,8 +32,10 @@ class ReportError(Exception):
 
 
 class Service:
-    """Where reports go and orders come from. The token is read for each request (the kubelet rotates it), the CA
-    when connecting. Not for two threads."""
+    """Where reports go and orders come from; not for two threads.
+
+    The token is read for each request (the kubelet rotates it), the CA when connecting.
+    """
 
     def __init__(
         self,

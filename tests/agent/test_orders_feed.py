@@ -486,6 +486,13 @@ def test_lists_need_the_id_of_the_service_that_takes_our_reports(service: str) -
     assert standing.version is None, "a report tells whose lists count"
 
 
+def test_a_list_that_was_not_begun_when_another_service_came_is_dropped() -> None:
+    feed, standing, _ = feed_with(orders(3))
+    feed._once()
+    standing.taken(5, "another")
+    assert standing.take_orders() is None
+
+
 def test_failures_wait_longer_and_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     down = ReportError("cannot reach it")
