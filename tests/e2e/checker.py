@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import httpx
 
+from app.certs import NAMESPACE
 from app.inventory import node_of
 from app.report import Gpu, NodeReport
 from solver import Demand, Device, Node, Slice, Snapshot
@@ -30,6 +31,8 @@ PLACEMENT = "tangram.gpu/placement"
 GPU = "nvidia.com/gpu"
 MIG = "nvidia.com/mig-"
 OVER = ("Succeeded", "Failed")
+OF_USERS = {"fieldSelector": f"metadata.namespace!={NAMESPACE}"}
+"""All pods but our own: the agents' ask for nothing and are given nothing."""
 
 CATCH_UP_SECONDS = 30.0
 MOST_FAULTS = 20
@@ -133,8 +136,8 @@ class Checker:
     # -- at one moment --------------------------------------------------------------------------------
 
     def pods(self) -> list[KubernetesObject]:
-        """Every pod of the cluster, as of one moment."""
-        found: list[KubernetesObject] = self._cluster.get("/api/v1/pods")["items"]
+        """Every pod of the cluster's users, as of one moment."""
+        found: list[KubernetesObject] = self._cluster.get("/api/v1/pods", **OF_USERS)["items"]
         return found
 
     def check(self) -> list[KubernetesObject]:
@@ -326,7 +329,7 @@ class Follower:
                     return
 
     def _list(self, client: httpx.Client) -> None:
-        reply = client.get("/api/v1/pods")
+        reply = client.get("/api/v1/pods", params=OF_USERS)
         reply.raise_for_status()
         listed = reply.json()
         self._pods.clear()
@@ -338,7 +341,7 @@ class Follower:
         self.lists += 1
 
     def _watch(self, client: httpx.Client) -> None:
-        query = {"watch": "1", "resourceVersion": str(self._version), "allowWatchBookmarks": "true"}
+        query = {"watch": "1", "resourceVersion": str(self._version), "allowWatchBookmarks": "true", **OF_USERS}
         timeout = httpx.Timeout(10, read=0.5)
         while not self._stopping:
             query["resourceVersion"] = str(self._version)
