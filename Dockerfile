@@ -26,6 +26,6 @@ COPY --from=build /opt/tangram /opt/tangram
 # The root filesystem may be read-only; only /tmp is written to. The agent's manifest asks for root, the service's not.
 USER 65532:65532
 WORKDIR /tmp
-EXPOSE 8080 8443
+EXPOSE 8080 8443 8444
 ENTRYPOINT ["tangram"]
 CMD ["serve"]

@@ -15,7 +15,9 @@ from app.agent.health import Patience
 def main(argv: list[str] | None = None) -> int:
     """Parse and run; the exit status."""
     parser = argparse.ArgumentParser(prog="tangram agent", description="Reports this node's GPUs to Tangram.")
-    parser.add_argument("--service", metavar="URL", help="where reports go, for example https://tangram.tangram:8443")
+    parser.add_argument(
+        "--service", metavar="URL", help="where reports go, for example https://tangram.tangram-system.svc:8444"
+    )
     parser.add_argument("--node", default=os.environ.get("NODE_NAME"), help="this node's name (or NODE_NAME)")
     parser.add_argument("--interval", type=float, default=INTERVAL_SECONDS, metavar="SECONDS", help="between looks")
     parser.add_argument("--token-file", type=Path, help="bearer token; read again for each request")

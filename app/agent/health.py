@@ -193,7 +193,13 @@ class Judge:
         by_gpu: dict[str, list[int]] = {}
         for xid in xids:
             by_gpu.setdefault(xid.gpu, []).append(xid.code)
-        return tuple(self._judged(gpu, by_gpu.get(gpu.uuid, []), now) for gpu in gpus)
+        judged = tuple(self._judged(gpu, by_gpu.get(gpu.uuid, []), now) for gpu in gpus)
+        wanting = [gpu for gpu in judged if self._wants_reboot(gpu.uuid)]
+        return tuple(_beside(gpu, wanting) for gpu in judged) if wanting else judged
+
+    def _wants_reboot(self, uuid: str) -> bool:
+        history = self._histories[uuid]
+        return "xid" in history.held and any(kind_of(code) == "reboot" for code in history.xids)
 
     @property
     def moving(self) -> bool:
@@ -318,6 +324,17 @@ def _told(gpu: Gpu, history: _History) -> Gpu:
             words.append(f"XID {codes} within the last hour: no fault of the GPU")
     health = signals[0].state if signals else "ok"
     return gpu.model_copy(update={"signals": signals, "health": health, "health_reason": "; ".join(words)[:500]})
+
+
+def _beside(gpu: Gpu, wanting: list[Gpu]) -> Gpu:
+    """Another GPU wants the node to be booted again: what is newly placed on this one would be in the way of that."""
+    others = [str(each.index) for each in wanting if each.uuid != gpu.uuid]
+    if not others:
+        return gpu
+    reason = f"GPU {', '.join(others)} of this node: {MEANINGS['reboot'].words}"
+    signals = (Signal(name="node", state="bad", reason=reason), *gpu.signals)
+    words = "; ".join(each for each in (reason, gpu.health_reason) if each)
+    return gpu.model_copy(update={"signals": signals, "health": "bad", "health_reason": words[:500]})
 
 
 def _identity(gpu: Gpu) -> Gpu:

@@ -206,6 +206,19 @@ def test_what_wants_a_reboot_lasts_until_it() -> None:
     assert after_reboot.health() == "ok"
 
 
+def test_where_one_gpu_wants_a_reboot_nothing_new_comes_to_its_node() -> None:
+    """Whatever is placed beside it is in the way of the reboot."""
+    judge = Judge()
+    node = (gpu(uuid="a"), gpu(uuid="b").model_copy(update={"index": 1}))
+    lost, beside = judge.judge(node, [xid(79)], 5.0)
+
+    assert [signal.name for signal in lost.signals] == ["xid"]
+    assert [(signal.name, signal.state) for signal in beside.signals] == [("node", "bad")]
+    assert "GPU 0 of this node" in beside.health_reason
+    assert [each.health for each in judge.judge(node, [], 10.0)] == ["bad", "bad"]
+    assert [each.health for each in Judge().judge(node, [], 15.0)] == ["ok", "ok"], "after the reboot"
+
+
 def test_the_driver_overrules_what_wants_a_reboot() -> None:
     ward = Ward()
     ward.look(OK, xids=(79,))

@@ -32,6 +32,7 @@ NVLINK_VERSIONS = {"volta": 2, "ampere": 5, "hopper": 6, "blackwell": 7}  # nvml
 BRAND_TESLA, BRAND_NVIDIA_RTX, BRAND_NVIDIA = 2, 13, 14
 NVML_MAX_LINKS = 36
 REMOTE_GPU, REMOTE_SWITCH, REMOTE_UNKNOWN = 0, 2, 255
+MOST_MIG_DEVICES = 7
 RESERVED_MIB = 512
 IN_NVL72 = ("NVIDIA GB200", "NVIDIA GB300")
 MODULE_IDS = (2, 1, 4, 3)  # of a GB200 tray's GPUs in index order, as listed
@@ -417,7 +418,7 @@ def _instances(gpu: Gpu) -> tuple[Instance, ...]:
             profile=slice_.profile,
             start=slice_.start,
             uuid=f"MIG-{uuid.uuid5(uuid.NAMESPACE_OID, f'{gpu.uuid}/{slice_}')}",
-            mig_index=1 + number,
+            mig_index=number + (len(gpu.instances) < MOST_MIG_DEVICES),
         )
         for number, slice_ in enumerate(reversed(gpu.instances))
     )

@@ -19,6 +19,9 @@ from app.agent.nvml.device import A_WHILE_SECONDS, Device
 from app.report import Signal
 
 FIELD_RECOVERY_ACTION = 230
+FIT_ALONE = (3, 5)
+"""Of peer-to-peer and of the IMEX domain: work on this GPU alone goes on."""
+
 RECOVERY_ACTIONS = {
     1: "the driver asks for a reset of this GPU",
     2: "the driver asks for a reboot of the node",
@@ -56,7 +59,7 @@ def _recovery(device: Device) -> Signal | None:
     if action == 0:
         return Signal(name="recovery", state="ok")
     reason = RECOVERY_ACTIONS.get(action, f"the driver asks for recovery action {action}")
-    return Signal(name="recovery", state="bad", reason=reason)
+    return Signal(name="recovery", state="suspect" if action in FIT_ALONE else "bad", reason=reason)
 
 
 def _recovery_action(device: Device) -> int | None:
