@@ -258,6 +258,7 @@ class Views:
             "health": gpu.health,
             "signals": [f"{each.name}: {each.state}: {each.reason}" for each in gpu.signals if each.state != "ok"],
             "note": gpu.mig.note if gpu.mig else "",
+            "nvlink": _nvlink(gpu),
             "mig": seen.geometry is not None,
             "width": seen.geometry.width if seen.geometry else 0,
             "slices": slices,
@@ -299,6 +300,18 @@ def _table(table: Table) -> Json:
     geometry = table.geometry
     names = [profile.name for profile in geometry.profiles]
     return {"width": geometry.width, "profiles": names, "method": table.method, "states": table.states}
+
+
+def _nvlink(gpu: Gpu) -> str:
+    """A GPU's NVLinks and fabric in words; empty where it has none."""
+    words = []
+    if gpu.nvlink is not None:
+        kind = {"switch": " to switches", "direct": "", "bridge": " over bridges", "unknown": ""}[gpu.nvlink.kind]
+        words.append(f"{gpu.nvlink.active} of {gpu.nvlink.total} NVLinks{kind}")
+        words += ["out of the mesh"] if gpu.nvlink.out_of_mesh else []
+    if gpu.fabric is not None and gpu.fabric.cluster:
+        words.append(f"fabric {gpu.fabric.cluster}, clique {gpu.fabric.clique}")
+    return ", ".join(words)
 
 
 def _shares(gpu: Gpu, holds: tuple[Hold, ...]) -> Iterator[Json]:

@@ -599,7 +599,7 @@ function board(node, gpu, here) {
     : gpu.pod ? [h("li", {}, h("span", {}, gpu.phase), podLink(gpu.pod, gpu.uuid))] : [];
   return h("div", { class: `board${here ? " here" : ""}` },
     h("div", { class: "board-head" }, h("b", {}, `GPU ${gpu.index}`), h("span", {}, [`${Math.round(gpu.memory_mib / 1024)} GiB`,
-      gpu.numa === null ? "" : `NUMA ${gpu.numa}`, gpu.mig ? `MIG, ${gpu.width} units` : gpu.phase].filter(Boolean).join(" · ")),
+      gpu.numa === null ? "" : `NUMA ${gpu.numa}`, gpu.mig ? `MIG, ${gpu.width} units` : gpu.phase, gpu.nvlink].filter(Boolean).join(" · ")),
     h("span", { class: "mono", title: gpu.uuid }, gpu.uuid)),
     drawGpu(gpu, true), ruler,
     gpu.reason ? h("p", { class: "why" }, gpu.reason) : null,

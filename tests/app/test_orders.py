@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from app.report import Mig, OrderList
+from app.report import Fabric, Mig, NvLink, OrderList, Signal
 from app.simulate import report_of
 from app.translate import PLACEMENT_ANNOTATION, Written, pod_of, read_placement
 from solver.samples import sample_node
@@ -155,6 +155,23 @@ async def test_an_instance_without_compute_instance_is_completed(world, hands):
     with at_work(hands):
         assert await world.bind("p", "a") == ""
     assert uuids(world, "p")
+
+
+async def test_what_is_known_of_a_gpu_is_shown_in_words(world, hands):
+    nvlink = NvLink(active=17, total=18, kind="switch", out_of_mesh=True)
+    fabric = Fabric(state="completed", cluster="c1", clique=4)
+    signal = Signal(name="nvlink", state="suspect", reason="1 of 18 links is down")
+    first = hands.report.gpus[0].model_copy(
+        update={"nvlink": nvlink, "fabric": fabric, "signals": (signal,), "health": "suspect"}
+    )
+    hands.tell(gpus=(first, *hands.report.gpus[1:]))
+
+    shown = world.service.views.node("a")["gpus"][0]
+
+    assert shown["nvlink"] == "17 of 18 NVLinks to switches, out of the mesh, fabric c1, clique 4"
+    assert shown["signals"] == ["nvlink: suspect: 1 of 18 links is down"]
+    assert shown["health"] == "suspect"
+    assert shown["phase"] == "free", "a suspect GPU is shown, and still offered"
 
 
 # -- not made -----------------------------------------------------------------------------------------
