@@ -24,7 +24,7 @@ KIND = "4xA100PCIe-mig1"
 
 @pytest.fixture
 async def world() -> AsyncIterator[World]:
-    async with World({"a": KIND}, idle_slice_seconds=0).running() as running:
+    async with World({"a": KIND}, idle_slice_seconds=0, lease_seconds=1000).running() as running:
         yield running
 
 
@@ -253,7 +253,7 @@ async def test_nothing_is_ordered_where_agents_say_nothing_of_slices(world):
 
 
 async def test_a_slice_that_is_idle_for_long_is_removed_and_not_handed_out_meanwhile():
-    async with World({"a": KIND}, idle_slice_seconds=30).running() as world:
+    async with World({"a": KIND}, idle_slice_seconds=30, lease_seconds=1000).running() as world:
         hands = Hands(world.service, report_of(sample_node("a", KIND)))
         hands.put(board(world), "7g.80gb", 0)
         hands.tell(makes_slices=True)
@@ -388,7 +388,7 @@ async def test_slices_keep_the_law_through_failures_restarts_and_reboots(seed):
     """Random pods come and go; agents fail, restart and act late; the service restarts; boards refuse overlaps."""
     chance = random.Random(seed)
     report = report_of(sample_node("a", "4xA100PCIe-mig2")).model_copy(update={"makes_slices": True})
-    world, number, bound = World({"a": "4xA100PCIe-mig2"}), 0, 0
+    world, number, bound = World({"a": "4xA100PCIe-mig2"}, lease_seconds=1000), 0, 0
     hands = Hands(world.service, report)
     for round_ in range(3):
         if round_:
@@ -464,7 +464,7 @@ def not_in_mig_mode(mig: Mig | None, *, switches: bool) -> Mig:
 
 
 async def _modes(*, allowed: bool, switches: bool) -> tuple[World, Hands]:
-    world = World({"a": "4xH100-mig"}, mig_modes=allowed, idle_slice_seconds=0)
+    world = World({"a": "4xH100-mig"}, mig_modes=allowed, idle_slice_seconds=0, lease_seconds=1000)
     await world.service.start()
     await world.until(lambda: not world.service.waiting_for())
     hands = Hands(world.service, report_of(sample_node("a", "4xH100-mig")))
