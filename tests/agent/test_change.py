@@ -13,7 +13,7 @@ from app.report import Failed, Make, OrderList, SliceAt, Switch
 from solver.samples import sample_node
 from tests.agent.conftest import Bench
 from tests.agent.session import Session, instances, order_list, places
-from tests.fake_nvml.describe import Instance, NodeDescription, describe
+from tests.fake_nvml.describe import Instance, NodeDescription, bus_id, describe
 
 Place = tuple[str, str, int]
 
@@ -434,3 +434,13 @@ def test_ampere_is_switched_by_an_operator(bench: Bench) -> None:
         assert "drain the node" in words
         assert command in words
     assert after.gpus[0].mig.pending is False
+
+
+def test_a_long_refusal_is_cut_to_what_a_report_may_hold(bench: Bench) -> None:
+    """The words name every GPU of the node; sixteen UUIDs are more than a report takes."""
+    described = small("8xH100", gpus=8)
+    more = tuple(replace(gpu, uuid=f"{gpu.uuid}-again", bus_id=bus_id(8 + at)) for at, gpu in enumerate(described.gpus))
+    session = Session(bench, replace(described, gpus=(*described.gpus, *more)))
+    (failed,), after = session.change(order_list(switch=(Switch(gpu="GPU-of-another-node", enabled=True),)))
+    assert [(one.gpu, len(one.reason)) for one in failed] == [("GPU-of-another-node", 500)]
+    assert len(after.gpus) == 16

@@ -474,3 +474,43 @@ def test_a_quiet_look_asks_only_for_what_may_change(bench: Bench, kind: str, mos
     print(f"{kind}: {total:.0f} calls a quiet look, {milliseconds:.1f} ms of CPU; {calls}")
     assert total <= most
     assert not {name for name in calls if "RemotePciInfo" in name or "Serial" in name or "TotalEcc" in name}
+
+
+def test_a_text_that_is_no_text_costs_that_text_only(bench: Bench) -> None:
+    session = Session(bench, replace(describe(sample_node("n1", "8xH100")), ancestors={}))
+    described = bench.file.read_bytes()
+    serial = session.description.gpus[1].serial.encode()
+    bench.file.write_bytes(described.replace(b"serial " + serial, b"serial \xff\xfe" + serial))
+    reading = session.read()
+    assert reading.error == ""
+    assert len(reading.gpus) == 8
+    assert reading.gpus[1].serial == ""
+    assert "serial number" in reading.gpus[1].health_reason
+    assert reading.gpus[0].serial
+
+
+def test_a_gpu_whose_facts_make_no_sense_is_unreadable_and_the_others_are_read(bench: Bench) -> None:
+    session = Session(bench, describe(sample_node("n1", "8xH100")))
+    session.control.set(2, "power", 4_000_000_000, 0)
+    reading = session.read()
+    assert [gpu.index for gpu in reading.gpus] == [0, 1, 3, 4, 5, 6, 7]
+    assert [one.index for one in reading.unreadable] == [2]
+    assert "watts" in reading.unreadable[0].reason
+
+
+def test_when_no_gpu_answers_the_session_is_begun_anew(bench: Bench) -> None:
+    """A driver that was reloaded under us lists the GPUs of before, and answers nothing until NVML is opened again."""
+    session = Session(bench, describe(sample_node("n1", "8xH100")))
+    found = session.python(
+        """
+read()
+before = calls("nvmlInitWithFlags")
+control.fail("nvmlDeviceGetUUID", 999)
+now[0] += 100
+one = read()
+control.clear("fail")
+two = read()
+result = [len(one["unreadable"]), len(two["gpus"]), calls("nvmlInitWithFlags") - before]
+"""
+    )
+    assert found == [8, 8, 1]

@@ -87,7 +87,7 @@ class Changer:
         for switch in orders.switch:
             reason = self._try(partial(self._switch, switch))
             if reason:
-                yield Failed(gpu=switch.gpu, reason=reason)
+                yield Failed(gpu=switch.gpu, reason=reason[:500])
 
     def _all_removals(self, orders: OrderList) -> Iterator[Failed]:
         for place in orders.remove:

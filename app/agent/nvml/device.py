@@ -60,7 +60,9 @@ class Device:
                 raise
             if error.value not in ABSENT:
                 self.notes.append(f"{what}: {words(error)}")
-            return None
+        except UnicodeDecodeError:
+            self.notes.append(f"{what}: what NVML says is no text")
+        return None
 
     def ask_privileged(self, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
         """The same for a call that needs privileges: without them the answer is None, and nothing is wrong."""

@@ -18,7 +18,7 @@ from typing import Any
 import pynvml
 
 from app.agent.nvml.change import REMEDY, Changer
-from app.agent.nvml.device import ABSENT, Device, Kept, bus_id, text, words
+from app.agent.nvml.device import A_WHILE_SECONDS, ABSENT, Device, Kept, bus_id, text, words
 from app.agent.nvml.events import Events
 from app.agent.nvml.fabric import read_fabric
 from app.agent.nvml.gpu import pods_of, processes_on, read_gpu
@@ -64,6 +64,7 @@ class Nvml:
         self._pods = Pods(proc)
         self._events = Events(clock)
         self._open = False
+        self._begun = 0.0
         self._versions = Versions("", "", "")
         self._nics: Nics | None = None
         self._kept: dict[str, dict[str, Kept]] = {}
@@ -73,10 +74,13 @@ class Nvml:
         """Look at everything once. NVML failing as a whole is a reading with its `error` set."""
         try:
             self._begin()
-            return self._read()
+            reading = self._read()
         except pynvml.NVMLError as error:
             self.close()  # a driver that was reloaded, or replaced under us, wants a new session
             return Reading(error=f"NVML: {words(error)}")
+        if reading.unreadable and not reading.gpus and self._clock() - self._begun >= A_WHILE_SECONDS:
+            self.close()  # so does one that still lists the GPUs of before
+        return reading
 
     def change(self, orders: OrderList) -> tuple[Failed, ...]:
         """Carry the list out: modes, then what goes, then what is made. What failed is said in words.
@@ -110,6 +114,7 @@ class Nvml:
         if not self._open:
             pynvml.nvmlInit()
             self._open = True
+            self._begun = self._clock()
             self._versions = _versions()
             self._events.begin()
 
@@ -125,7 +130,7 @@ class Nvml:
         for device in listed:
             try:
                 gpu = self._gpu(device)
-            except pynvml.NVMLError as error:
+            except (pynvml.NVMLError, ValueError) as error:
                 unreadable.append(_unreadable(device.index, error))
             else:
                 devices.append(device)
@@ -190,7 +195,7 @@ class Nvml:
         for index in range(pynvml.nvmlDeviceGetCount()):
             try:
                 found.append(self._device(index))
-            except pynvml.NVMLError as error:
+            except (pynvml.NVMLError, ValueError) as error:
                 unreadable.append(_unreadable(index, error))
         return found, unreadable
 
@@ -208,8 +213,11 @@ def _bus_id(handle: Any) -> str:
     return bus_id(pci.domain, pci.bus, pci.device)
 
 
-def _unreadable(index: int, error: pynvml.NVMLError) -> Unreadable:
-    return Unreadable(index=index, reason=f"NVML: {words(error)}")
+def _unreadable(index: int, error: pynvml.NVMLError | ValueError) -> Unreadable:
+    """A GPU that fails, or whose facts cannot be (no text, a number out of all bounds): the others are read on."""
+    if isinstance(error, pynvml.NVMLError):
+        return Unreadable(index=index, reason=f"NVML: {words(error)}")
+    return Unreadable(index=index, reason=f"what NVML says makes no sense: {' '.join(str(error).split())}"[:500])
 
 
 def _all_failed(orders: OrderList, reason: str) -> tuple[Failed, ...]:
@@ -243,4 +251,6 @@ def _system(what: str, call: Callable[[], Any]) -> str:
     except pynvml.NVMLError as error:
         if error.value not in ABSENT:
             log.warning("%s: %s", what, words(error))
-        return ""
+    except UnicodeDecodeError:
+        log.warning("%s: what NVML says is no text", what)
+    return ""
