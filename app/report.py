@@ -2,7 +2,9 @@
 
     agent ── POST /v1/reports ── NodeReport, or Unchanged ──▶ service      what is there
     agent ── POST /v1/orders ─── Listening (held open) ─────▶ service      what shall be there
-          ◀───────────────────── OrdersReply ────────────────
+          ◀───────────────────── OrdersReply ────────────────      and who gets which device
+    agent ── POST /v1/exchange ─ Exchange ──────────────────▶ service      the kubelet took others
+          ◀───────────────────── ExchangeReply ──────────────
 
 A full report carries everything and a version; an unchanged one is a few bytes. An order list is level-triggered:
 it says everything that is wanted now, so that both sides agree by comparing, whatever was lost. No decisions here;
@@ -207,6 +209,89 @@ class Switch(_Wire):
     enabled: bool
 
 
+class DeviceAt(_Wire):
+    """A device as it is promised: a whole GPU, a slice (`profile` by NVML's own name, `start`), or a share (`milli`)."""
+
+    gpu: Uuid
+    profile: Text = ""
+    start: int = Field(default=0, ge=0, le=63)
+    milli: int = Field(default=0, ge=0, le=1000)
+
+
+class ContainerAsk(_Wire):
+    """What a container asks the kubelet for, by resource name; only resources that Tangram places."""
+
+    name: Text
+    resources: dict[Text, int]
+
+
+class PodAt(_Wire):
+    """A pod of this node that asks for devices. `devices` are empty where Tangram has not placed it and does not know.
+
+    `containers` are those that ask, in the order in which the kubelet admits them: init containers first.
+    """
+
+    uid: Uuid
+    namespace: Text
+    name: Text
+    devices: tuple[DeviceAt, ...] = Field(default=(), max_length=1024)
+    containers: tuple[ContainerAsk, ...] = Field(default=(), max_length=256)
+
+
+class Placements(_Wire):
+    """Every pod of this node that has devices, or will have once its bind is made; with its own service and version.
+
+    `either`: GPUs whose MIG mode the service may switch, so they are offered to the kubelet in both forms.
+    """
+
+    service: Text
+    version: int = Field(ge=0)
+    pods: tuple[PodAt, ...] = Field(default=(), max_length=4096)
+    either: tuple[Uuid, ...] = Field(default=(), max_length=64)
+
+
+class Exchange(_Wire):
+    """An agent asks: the kubelet counts `take` for this pod, not `give`; may it have those instead? Both of one kind.
+
+    It may be asked again until it is answered: where the pod already has `take` the answer is yes.
+    """
+
+    node: NodeName
+    uid: Uuid
+    give: tuple[DeviceAt, ...] = Field(min_length=1, max_length=64)
+    take: tuple[DeviceAt, ...] = Field(min_length=1, max_length=64)
+
+
+class ExchangeReply(_Wire):
+    """Whether the placement is now as the kubelet counts; if not, why not. `swapped`: pods that got devices in return."""
+
+    granted: bool
+    reason: Text = ""
+    swapped: tuple[Uuid, ...] = ()
+
+
+Handing = Literal["placed", "free", "swapped", "overridden", "unplaced", "observed"]
+"""How a container came by its devices: the placed ones; after an exchange for free ones or with another pod; the placed
+ones although the kubelet counts others; those that the kubelet chose for a pod that Tangram had not placed; or by another
+device plugin, as PodResources says."""
+
+
+class Handed(_Wire):
+    """What a container really has of one resource. `ids`: what the kubelet counts, where that names other devices.
+
+    `uid` is empty where only the names are known.
+    """
+
+    uid: Annotated[str, StringConstraints(max_length=100)] = ""
+    namespace: Text
+    name: Text
+    container: Text
+    resource: Text
+    devices: tuple[DeviceAt, ...] = Field(default=(), max_length=1024)
+    ids: tuple[Text, ...] = Field(default=(), max_length=1024)
+    how: Handing = "placed"
+
+
 class OrderList(_Wire):
     """Everything that this node shall have changed now. `service` tells a restarted service from an old one.
 
@@ -245,6 +330,9 @@ class NodeReport(_Wire):
     `makes_slices`: whether it makes and removes MIG slices when told to; False with `makes_none` in words (it can see
     and cannot change, say), None where nobody says (simulated nodes: slices are taken to be made on paper).
     `versions` are of what else is on the node: "kernel", "toolkit", "runtime".
+    `hands`: whether the agent is the kubelet's device plugin, or reads from the kubelet what another plugin gave; None:
+    neither. `hands_none` says in words why it cannot just now. `handed` is what containers have, `handing` counts since
+    the agent's start how each came about and by which rule the pod was found.
     """
 
     schema_: Literal[1] = Field(default=1, alias="schema")
@@ -259,6 +347,10 @@ class NodeReport(_Wire):
     makes_slices: bool | None = None
     makes_none: Text = ""
     orders: OrdersDone | None = None
+    hands: Literal["plugin", "observe"] | None = None
+    hands_none: Text = ""
+    handed: tuple[Handed, ...] = Field(default=(), max_length=4096)
+    handing: dict[Text, int] = Field(default_factory=dict)
     error: Text = ""
     gpus: tuple[Gpu, ...] = Field(default=(), max_length=64)
     links: tuple[Link, ...] = Field(default=(), max_length=4096)
@@ -296,7 +388,7 @@ class ReportReply(_Wire):
 
 
 class Listening(_Wire):
-    """An agent waits for orders: its report's version, the list that it has (none: empty, 0), and how long it waits.
+    """An agent waits for orders: its report's version, the lists that it has (none: empty, 0), and how long it waits.
 
     It also says "nothing new" as `Unchanged` does. Answered at once where there is a newer list, or a report to
     send; else when `wait_seconds` are over.
@@ -307,12 +399,17 @@ class Listening(_Wire):
     version: int = Field(ge=0)
     service: Text = ""
     orders: int = Field(default=0, ge=0)
+    placements: int = Field(default=0, ge=0)
     wait_seconds: float = Field(default=10.0, ge=0, le=60)
 
 
 class OrdersReply(_Wire):
-    """`resend` as in ReportReply; `orders` where the list is another than the agent has, else None."""
+    """`resend` as in ReportReply; `orders` and `placements` where the list is another than the agent has, else None.
+
+    Placements go only to agents that are the kubelet's device plugin.
+    """
 
     resend: bool = False
     service: Text = ""
     orders: OrderList | None = None
+    placements: Placements | None = None
