@@ -53,7 +53,8 @@ CHANGE_SECONDS = 20.0
 waits 8 s, and what comes later is reported all the same."""
 
 BACKOFF_SECONDS = (1.0, 60.0)
-"""Before a new child after a failure: the first wait, doubled each time up to the last."""
+"""Before a new child after a failure: the first wait, doubled each time up to the last, and the first again after a
+child that was well for as long as the last."""
 
 KILL_SECONDS = 1.0
 """How long a killed child may take to go before it counts as stuck."""
@@ -144,6 +145,7 @@ class Child:
         self._asked_at: float | None = None
         self._answered = False  # whether this child has answered before
         self._abandoned = False
+        self._started_at = 0.0
         self._failures = 0
         self._not_before = 0.0
         self._reason = ""
@@ -163,7 +165,10 @@ class Child:
         if self._process is None:
             if now < self._not_before:
                 return NoAnswer(self._reason, failed=True)
-            self._start()
+            try:
+                self._start()
+            except OSError as error:  # no process number, memory or file is left for it
+                return self._fail(f"NVML's process cannot be started: {error}")
         if self._asked_at is None:
             self._asked_at = now
             if not self._send(b'{"do":"read"}\n', now + self._deadline):
@@ -182,7 +187,7 @@ class Child:
         A reading that is under way is waited for first; if it takes too long nothing is changed.
         """
         until = self._clock() + seconds
-        if self._process is None or self._asked_at is not None:
+        if self._process is None or self._abandoned or self._asked_at is not None:
             answer = self.look(seconds)
             if isinstance(answer, NoAnswer):
                 return answer
@@ -205,6 +210,7 @@ class Child:
         command = [sys.executable, "-m", "app.agent.child", json.dumps(self._roots)]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0)  # noqa: S603 — ourselves
+        self._started_at = self._clock()
         assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)
         self._answered, self._asked_at, self._buffer, self._last = False, None, b"", None
@@ -251,7 +257,8 @@ class Child:
         self._answered = True
         if reading.error:
             return self._fail(reading.error)
-        self._failures = 0
+        if self._clock() - self._started_at >= self._backoff[1]:
+            self._failures = 0  # one that has answered and died at once was not well
         self._last = reading
         return reading
 
@@ -265,7 +272,8 @@ class Child:
         except subprocess.TimeoutExpired:
             return "closed its pipe"
         if status < 0:
-            return f"was ended by {signal.Signals(-status).name}"
+            known = {each.value: each.name for each in signal.Signals}
+            return f"was ended by {known.get(-status, f'signal {-status}')}"
         return f"ended with status {status}"
 
     def _fail(self, reason: str) -> NoAnswer:
@@ -275,7 +283,7 @@ class Child:
         self._failures += 1
         self._not_before = self._clock() + wait * random.uniform(0.8, 1.2)  # noqa: S311 — spreads a fleet's restarts
         self._reason = reason
-        self._end()
+        self.close()
         if self._abandoned:
             self._reason += f"; its process {self.pid} is stuck in the driver and cannot be ended"
         log.warning("%s; trying again in %.0f s", self._reason, wait)

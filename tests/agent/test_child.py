@@ -170,6 +170,74 @@ def test_never_a_second_child_beside_one_that_cannot_be_killed(bench: Bench, chi
     assert nvml.pid != pid
 
 
+def test_a_child_that_cannot_be_killed_gets_no_orders(bench: Bench, child: Callable[..., Child]) -> None:
+    """It might carry them out hours later; and nobody waits for it."""
+    bench.describe(describe(sample_node("n1", "8xA100-40-mig")))
+    stuck: list[subprocess.Popen[bytes]] = []
+    nvml = child(deadline_seconds=20.0, kill=stuck.append)
+    reading = until_read(nvml)
+    Control(bench.file).delay(CREATE, 2000)
+    assert isinstance(nvml.change(a_slice(reading), 0.3), NoAnswer)
+    started = time.monotonic()
+    answer = nvml.change(a_slice(reading, start=3), 10.0)
+    assert isinstance(answer, NoAnswer)
+    assert "stuck in the driver" in answer.reason
+    assert time.monotonic() - started < 1
+    assert len(stuck) == 1
+    stuck[0].kill()
+
+
+def test_a_child_that_dies_again_and_again_is_started_ever_later(bench: Bench, child: Callable[..., Child]) -> None:
+    """Also where each one answers once before it dies: a node that is there and stale by turns is no use."""
+    bench.describe(describe(sample_node("n1", "8xH100")))
+    now = [0.0]
+    nvml = child(clock=lambda: now[0], backoff_seconds=(1.0, 60.0), start_deadline_seconds=1e9, deadline_seconds=1e9)
+    waits = []
+    for _ in range(4):
+        now[0] = nvml._not_before
+        assert isinstance(nvml.look(20.0), Reading)
+        assert nvml.pid is not None
+        os.kill(nvml.pid, signal.SIGKILL)
+        assert isinstance(nvml.look(20.0), NoAnswer)
+        waits.append(nvml._not_before - now[0])
+    assert waits[0] < 1.3 < waits[1] < 2.6 < waits[2] < 5.2 < waits[3]
+
+    now[0] = nvml._not_before
+    nvml.look(20.0)
+    now[0] += 61.0
+    nvml.look(20.0)
+    assert nvml.pid is not None
+    os.kill(nvml.pid, signal.SIGKILL)
+    assert isinstance(nvml.look(20.0), NoAnswer)
+    assert nvml._not_before - now[0] < 1.3, "this one was well for a minute"
+
+
+def test_a_process_that_cannot_be_started_is_said_and_tried_again(
+    bench: Bench, child: Callable[..., Child], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node may be out of process numbers or memory; the agent goes on."""
+    bench.describe(describe(sample_node("n1", "8xH100")))
+    nvml = child()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", "/nowhere/python")
+        answer = nvml.look(1.0)
+        assert isinstance(answer, NoAnswer)
+        assert answer.failed
+        assert "cannot be started" in answer.reason
+    assert len(until_read(nvml).gpus) == 8
+
+
+def test_a_signal_without_a_name_is_said_by_its_number(bench: Bench, child: Callable[..., Child]) -> None:
+    bench.describe(describe(sample_node("n1", "8xH100")))
+    nvml = child(deadline_seconds=20.0)
+    until_read(nvml)
+    assert nvml.pid is not None
+    os.kill(nvml.pid, 40)
+    answer = nvml.look(5.0)
+    assert isinstance(answer, NoAnswer)
+    assert "was ended by signal 40" in answer.reason
+
+
 def test_the_child_ends_with_its_agent(bench: Bench) -> None:
     """Also in the middle of a call that never returns: SIGKILL of the agent takes the hung child along."""
     bench.describe(describe(sample_node("n1", "8xH100")).with_rules(HANG))
