@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Protocol
 
-from app.agent.child import CHANGE_SECONDS, DEADLINE_SECONDS, Child, InProcess, NoAnswer, Reader
+from app.agent.child import CHANGE_SECONDS, DEADLINE_SECONDS, INSTANCE_SECONDS, Child, InProcess, NoAnswer, Reader
 from app.agent.feed import Feed, Orders, Standing, backoff, jittered
 from app.agent.health import Judge, Patience
 from app.agent.memory import MemoryFile, boot_id
@@ -97,10 +97,19 @@ class Agent:
         elif answer.error:
             self._fail(answer.error)
         elif not self._says_nothing_new(answer):
-            self._failing_since = ""
-            self._last = answer
-            self._take(self._report_of(answer))
+            self._believe(answer)
         return self.report is not before
+
+    def _believe(self, reading: Reading) -> None:
+        """Make it the report; what cannot be one (two GPUs with one UUID) is a failure like any other."""
+        try:
+            report = self._report_of(reading)
+        except ValueError as error:
+            self._fail(f"what NVML says makes no sense: {' '.join(str(error).split())}")
+            return
+        self._failing_since = ""
+        self._last = reading
+        self._take(report)
 
     def _says_nothing_new(self, reading: Reading) -> bool:
         """A quiet node costs no more than this; building the same report again would be most of an agent's work."""
@@ -163,7 +172,7 @@ class Agent:
         if self._mig == "observe":
             self._finished(orders, _each(orders, OBSERVES))
         else:
-            failed = self._reader.change(orders, CHANGE_SECONDS)
+            failed = self._reader.change(orders, _seconds_for(orders))
             if isinstance(failed, NoAnswer):
                 self._finished(orders, _each(orders, failed.reason))
                 if failed.failed:
@@ -262,6 +271,12 @@ class _Telling:
         if reason != self.said:
             log.warning("report not taken: %s", reason)
         self.said = reason
+
+
+def _seconds_for(orders: OrderList) -> float:
+    """How long a list may take: idle slices are given up together, fifty of them on a node of eight GPUs."""
+    instances = len(orders.remove) + sum(1 + len(make.remove) for make in orders.make)
+    return max(CHANGE_SECONDS, INSTANCE_SECONDS * instances)
 
 
 def _each(orders: OrderList, reason: str) -> tuple[Failed, ...]:

@@ -49,8 +49,11 @@ START_DEADLINE_SECONDS = 120.0
 NVLinks are asked for (33 ms per link, 5 s on an 8-GPU board)."""
 
 CHANGE_SECONDS = 20.0
-"""For carrying out one list. Removing an instance has been seen to take about a second, making one less; a bind
-waits 8 s, and what comes later is reported all the same."""
+"""For carrying out one list of a few orders. Removing an instance has been seen to take about a second, making one
+less; a bind waits 8 s, and what comes later is reported all the same."""
+
+INSTANCE_SECONDS = 3.0
+"""For each instance of a list that is longer."""
 
 BACKOFF_SECONDS = (1.0, 60.0)
 """Before a new child after a failure: the first wait, doubled each time up to the last, and the first again after a
@@ -186,11 +189,11 @@ class Child:
 
         A reading that is under way is waited for first; if it takes too long nothing is changed.
         """
-        until = self._clock() + seconds
         if self._process is None or self._abandoned or self._asked_at is not None:
             answer = self.look(seconds)
             if isinstance(answer, NoAnswer):
                 return answer
+        until = self._clock() + seconds  # all of it, however long the reading took: nothing is to be ended half-way
         request = b'{"do":"change","orders":%b}\n' % orders.model_dump_json().encode()
         self._send(request, until)  # where that fails, its other pipe says why
         line = self._line(until - self._clock())

@@ -32,7 +32,8 @@ OLDER_SERVICE_SECONDS = 60.0
 """Before asking again a service that has no orders: it may have been replaced by a newer one."""
 
 SHORTEST_SECONDS = 1.0
-"""A held request that is answered sooner and says nothing new is followed by the next one only after this."""
+"""A held request that is answered sooner and brings no orders is followed by the next one only after this (or when
+another service has taken our report)."""
 
 JITTER = 0.1
 """Part of each wait that is random, so that a thousand agents that start together drift apart."""
@@ -196,7 +197,7 @@ class Feed:
         self._failures, self._said = 0, ""
         self._standing.set_listening(True)
         new = reply.orders is not None and (reply.orders.service, reply.orders.version) != (asked.service, asked.orders)
-        return 0.0 if new or reply.resend else max(0.0, SHORTEST_SECONDS - (time.monotonic() - started))
+        return 0.0 if new else max(0.0, SHORTEST_SECONDS - (time.monotonic() - started))
 
     def _failed(self, reason: str, status: int = 0) -> float:
         self._standing.set_listening(False)

@@ -194,8 +194,14 @@ class Judge:
         for xid in xids:
             by_gpu.setdefault(xid.gpu, []).append(xid.code)
         judged = tuple(self._judged(gpu, by_gpu.get(gpu.uuid, []), now) for gpu in gpus)
+        self._forget_unknown({gpu.uuid for gpu in judged})
         wanting = [gpu for gpu in judged if self._wants_reboot(gpu.uuid)]
         return tuple(_beside(gpu, wanting) for gpu in judged) if wanting else judged
+
+    def _forget_unknown(self, there: set[str]) -> None:
+        """A GPU that had no name but its index has one now, and a history under it."""
+        for uuid in [uuid for uuid in self._histories if uuid.startswith("unknown-") and uuid not in there]:
+            del self._histories[uuid]
 
     def _wants_reboot(self, uuid: str) -> bool:
         history = self._histories[uuid]

@@ -236,6 +236,20 @@ def test_stale_keeps_the_facts_and_recovers() -> None:
     assert agent.report.error == ""
 
 
+def test_what_cannot_be_reported_is_said_and_ends_nothing() -> None:
+    """Two GPUs with one UUID, say: a report must not have them, and the agent must not end over it."""
+    twice = reading().model_copy(update={"gpus": (*reading().gpus, *reading().gpus)})
+    agent = agent_with(reading(), twice, twice, reading())
+    agent.look(0)
+    assert agent.look(0)
+    assert agent.report.error.startswith("stale since 2026-11-21T05:00:00Z: what NVML says makes no sense: ")
+    assert "same uuid" in agent.report.error
+    assert len(agent.report.gpus) == 1
+    assert not agent.look(0)
+    assert agent.look(0)
+    assert agent.report.error == ""
+
+
 def test_a_refused_heartbeat_is_followed_by_everything() -> None:
     agent, listener = agent_with(reading()), Listener()
     agent.look(0)

@@ -130,6 +130,17 @@ def test_the_worst_sign_is_the_health() -> None:
     assert judged.signals == (rows, HOT), "what is ok is no sign of ill health"
 
 
+def test_a_gpu_that_has_got_its_name_leaves_nothing_behind() -> None:
+    """Unreadable since the agent started it had only its index. Else no look at this node would ever be a quiet one."""
+    judge = Judge()
+    lost = Signal(name="unreadable", state="bad", reason="lost")
+    judge.judge([gpu(lost, uuid="unknown-0").model_copy(update={"product": "unknown"})], [], 0.0)
+    assert judge.moving
+    judge.judge([gpu()], [], 5.0)
+    assert [each.uuid for each in judge.known] == ["a"]
+    assert not judge.moving
+
+
 def test_each_gpu_by_itself() -> None:
     judge = Judge()
     well, hot = judge.judge((gpu(), gpu(HOT, uuid="b")), [xid(13, "b"), xid(79, "elsewhere")], 0)

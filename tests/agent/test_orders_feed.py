@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from app.agent.agent import OBSERVES, Agent
-from app.agent.child import NoAnswer
+from app.agent.child import CHANGE_SECONDS, NoAnswer
 from app.agent.feed import Feed, Standing
 from app.agent.reading import Reading
 from app.agent.service import ReportError, Service
@@ -294,7 +294,8 @@ def test_a_list_of_a_service_that_is_no_more_is_dropped(bench: Bench, desk: Desk
 def test_a_change_that_hangs_fails_in_words_and_is_over(bench: Bench, desk: Desk, start: Start, tmp_path: Path) -> None:
     """The service must be able to go on, and the node is stale until somebody has read what is there."""
     bench.describe(sliced().with_rules("hang nvmlDeviceCreateGpuInstanceWithPlacement"))
-    program = "import app.agent.agent as a, app.agent.__main__ as m; a.CHANGE_SECONDS = 1.0; m.main()"
+    shorter = "a.CHANGE_SECONDS = a.INSTANCE_SECONDS = 1.0"
+    program = f"import app.agent.agent as a, app.agent.__main__ as m; {shorter}; m.main()"
     agent = subprocess.Popen(
         [sys.executable, "-c", program, "--node", "n1", "--service", desk.url, "--interval", "0.2"],
         env=bench.environment,
@@ -347,6 +348,7 @@ class Scripted:
     def __init__(self, *changes: tuple[Failed, ...] | NoAnswer) -> None:
         self.changes = list(changes)
         self.carried: list[OrderList] = []
+        self.allowed: list[float] = []
         self.reading = Reading(makes_slices=True, gpus=(Gpu(uuid="a", index=0, product="P", memory_mib=1),))
 
     def look(self, wait_seconds: float) -> Reading | NoAnswer:
@@ -354,6 +356,7 @@ class Scripted:
 
     def change(self, orders: OrderList, seconds: float) -> tuple[Failed, ...] | NoAnswer:
         self.carried.append(orders)
+        self.allowed.append(seconds)
         return self.changes.pop(0)
 
     def close(self) -> None:
@@ -417,6 +420,22 @@ def test_when_nobody_knows_what_was_done_every_order_has_failed(failed: bool) ->
     agent.look(0)
     assert agent.report.error == ""
     assert agent.report.orders == done, "it stays said"
+
+
+def test_a_long_list_may_take_long() -> None:
+    """Fifty idle slices that go together take about a minute; ended half-way the whole node would be stale."""
+    reader = Scripted((), ())
+    agent = Agent(node="n1", reader=reader)
+    agent.obey(everything())
+    gone = tuple(SliceAt(gpu="a", profile="1g.5gb", start=start) for start in range(50))
+    agent.obey(
+        OrderList(
+            service="s", version=2, remove=gone[:25], make=(Make(**make("a").model_dump() | {"remove": gone[25:]}),)
+        )
+    )
+    short, long = reader.allowed
+    assert short == CHANGE_SECONDS
+    assert long >= 2 * len(gone)
 
 
 def test_an_acknowledgement_comes_only_with_what_was_read_afterwards() -> None:
@@ -535,6 +554,15 @@ def test_a_service_that_does_not_hold_is_not_stormed() -> None:
     assert feed._once() > 0.5
     assert feed._once() == 0
     assert feed._once() > 0.5, "the list that it has already"
+
+
+def test_a_service_that_never_has_our_report_is_not_stormed() -> None:
+    """Two processes behind one name, say: one takes the reports, the other has none of them when asked for orders."""
+    feed, standing, _ = feed_with(OrdersReply(resend=True), OrdersReply(resend=True))
+    for _ in range(2):
+        assert feed._once() > 0.5
+        assert standing.version is None
+        standing.taken(4, "s")
 
 
 def test_a_resend_for_an_older_report_is_late() -> None:

@@ -180,6 +180,25 @@ result = [xids(2), read()["xids"]]
     assert found[1] == []
 
 
+def test_a_storm_of_xids_hides_none(pair: Session) -> None:
+    """A program in a loop of faults after the GPU has fallen off the bus, all between two looks."""
+    found = pair.python(f"""{UNTIL_XIDS}
+from types import SimpleNamespace
+from app.agent.nvml.events import XID, NO_INSTANCE
+read()
+control.xid(0, 79)
+first = xids(1)
+def told(code):
+    event = SimpleNamespace(eventType=XID, eventData=code, gpuInstanceId=NO_INSTANCE, computeInstanceId=NO_INSTANCE)
+    nvml._events._put(event, "GPU-a")
+told(79)
+for _ in range(5000):
+    told(13)
+result = [one["code"] for one in read()["xids"]]
+""")
+    assert found == [79, 13]
+
+
 def test_a_wait_that_fails_is_begun_anew(pair: Session) -> None:
     found = pair.python(f"""{UNTIL_XIDS}
 control.fail("nvmlEventSetWait_v2", 999, times=1)

@@ -1,6 +1,6 @@
 """XIDs as they come: a thread waits for NVML's events, and each look takes what has come since the last.
 
-    watch(devices) ──registers──▶ event set ──wait, 1 s at a time──▶ thread ──▶ bounded queue ──take()──▶ look
+    watch(devices) ──registers──▶ event set ──wait, 1 s at a time──▶ thread ──▶ bounded, once ──take()──▶ look
          ▲                                                             │ an error
          └── a new set at the next look, or when GPUs have changed ◀───┘
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from ctypes import c_void_p, cast
 from typing import Any
@@ -37,7 +36,7 @@ WAIT_MILLISECONDS = 1000
 """How long one wait takes at most, and so how long ending the session may take."""
 
 MOST_EVENTS = 1024
-"""Kept between two looks: a program in a loop of faults must not fill the memory."""
+"""Kept between two looks, each once: a program in a loop of faults must neither fill the memory nor push out others."""
 
 NO_INSTANCE = 0xFFFFFFFF
 
@@ -47,7 +46,7 @@ class Events:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._xids: deque[Xid] = deque(maxlen=MOST_EVENTS)
+        self._xids: dict[Xid, None] = {}
         self._touched: set[str] = set()
         self._lock = threading.Lock()
         self._set: Any = None
@@ -153,7 +152,8 @@ class Events:
         with self._lock:
             if event.eventType == XID:
                 gi_id, ci_id = _instance(event.gpuInstanceId), _instance(event.computeInstanceId)
-                self._xids.append(Xid(gpu=uuid, code=event.eventData, gi_id=gi_id, ci_id=ci_id))
+                if len(self._xids) < MOST_EVENTS:
+                    self._xids[Xid(gpu=uuid, code=event.eventData, gi_id=gi_id, ci_id=ci_id)] = None
             else:
                 self._touched.add(uuid)
 
