@@ -258,17 +258,32 @@ class Offers:
         """The node with everything kept back that could belong to somebody, and what is firmly taken.
 
         `but` leaves out these pods (UIDs), as if they were gone. `promised`: as for one who has been promised devices
-        there, for whom it does not matter that orders keep a GPU back from newcomers.
+        there, for whom it does not matter what orders keep back from newcomers.
         """
         entry = self._inventory.get(name)
         assert entry is not None
         holds = self._ledger.firmly(name, but=but)
+        kept_back, taken = self._claims(name, entry, holds, but)
+        if not promised:
+            kept_back = self._kept_back.get(name, {}) | kept_back
+            taken += self._going.get(name, ())
+        return self._as_it_is(entry.node, kept_back, [hold.pod.uid for hold in holds]), tuple(taken)
+
+    def claims(self, name: str) -> tuple[frozenset[str], tuple[Taken, ...]]:
+        """The GPUs (UUIDs) of a node on which anything could be somebody's, and what is firmly taken; whatever is on
+        order there."""
+        entry = self._inventory.get(name)
+        assert entry is not None
+        kept_back, taken = self._claims(name, entry, self._ledger.firmly(name), ())
+        return frozenset(kept_back), tuple(taken)
+
+    def _claims(
+        self, name: str, entry: Entry, holds: Sequence[Hold], but: Sequence[str]
+    ) -> tuple[dict[str, str], list[Taken]]:
+        """GPUs (UUID, why) that could belong to somebody, and what does."""
         taken: list[Taken] = [hold.allocation for hold in holds]
         kept_back, seen = _strangers(entry, holds, but)
-        if not promised:
-            kept_back.update(self._kept_back.get(name, {}))
         taken += seen
-        taken += self._going.get(name, ())
         for hold in holds:
             if hold.unknown:
                 gpus, slices = could_be(hold, entry.node, devices_of(taken))
@@ -282,7 +297,7 @@ class Offers:
                 kept_back[gpu.uuid] = f"is held by {away.pod} under the node name {away.node}"
             elif len(homes) > 1:
                 kept_back[gpu.uuid] = f"is reported by more than one node: {', '.join(sorted(homes))}"
-        return self._as_it_is(entry.node, kept_back, [hold.pod.uid for hold in holds]), tuple(taken)
+        return kept_back, taken
 
     def _vanished(self, name: str, entry: Entry, holds: Sequence[Hold]) -> dict[str, str]:
         """GPUs (UUID, why) with held slices that are not there any more, on a node where nobody makes slices."""

@@ -14,6 +14,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from app.inventory import Entry, Inventory
 from app.ledger import Ledger, Phase
@@ -46,14 +47,16 @@ class Trouble:
 class Desk:
     """One node's list, and what is not certain about it.
 
-    `doubts`: GPUs with withdrawn orders, `going`: idle slices that are to be removed; both until a list of at least
-    that version is acknowledged. `idle_since`: when each slice was first seen idle.
+    `doubts`: GPUs with withdrawn orders, `going`: idle slices that are to be removed, `giving_way`: those that an order
+    for another removes; all until a list of at least that version is acknowledged, the last that has them.
+    `idle_since`: when each slice was first seen idle.
     """
 
     orders: OrderList
     news: asyncio.Event = field(default_factory=asyncio.Event)
     doubts: dict[str, int] = field(default_factory=dict)
     going: dict[Device, int] = field(default_factory=dict)
+    giving_way: dict[Device, int] = field(default_factory=dict)
     idle_since: dict[Device, float] = field(default_factory=dict)
     troubles: dict[str, Trouble] = field(default_factory=dict)
     failures: dict[Device, tuple[int, str]] = field(default_factory=dict)
@@ -67,7 +70,8 @@ class Desk:
         """Whether nothing is wanted and nothing uncertain."""
         orders = self.orders
         wanted = orders.make or orders.remove or orders.switch or self.switches
-        return not (wanted or self.doubts or self.going or self.troubles or self.idle_since)
+        uncertain = self.doubts or self.going or self.giving_way
+        return not (wanted or uncertain or self.troubles or self.idle_since)
 
 
 class Orders:
@@ -102,6 +106,8 @@ class Orders:
         self._retry_seconds = retry_seconds
         self._longest_hold = stale_seconds / HELD_PART
         self._desks: dict[str, Desk] = {}
+        self._last_version = 0
+        """Of all nodes: one that is forgotten and comes back must not take old acknowledgements for new ones."""
         self.failed_count = 0
 
     # -- agents ---------------------------------------------------------------------------------------
@@ -135,8 +141,9 @@ class Orders:
             return
         done = report.orders
         if done is not None and done.service == self._service:
-            desk.doubts = {gpu: version for gpu, version in desk.doubts.items() if version > done.version}
-            desk.going = {device: version for device, version in desk.going.items() if version > done.version}
+            desk.doubts = _newer(desk.doubts, done.version)
+            desk.going = _newer(desk.going, done.version)
+            desk.giving_way = _newer(desk.giving_way, done.version)
             if done.version == desk.orders.version:
                 self._note_failures(desk, report, done.failed)
         self._wake(desk)
@@ -256,21 +263,23 @@ class Orders:
         makes: list[Make] = []
         removes: list[Device] = []
         if self._inventory.slices_are_made(name) and not entry.report.error:
-            _, taken = self._offers.view(name)
-            wanted, owners, held = _by_gpu(devices_of(taken)), *self._holders(name)
+            claimed, taken = self._offers.claims(name)
+            wanted, owners = _by_gpu(devices_of(taken)), self._owners(name)
+            idle = _idle(entry, wanted, claimed)
             for gpu in entry.report.gpus:
                 if gpu.uuid in owners:
-                    makes += self._makes(entry, gpu, wanted[gpu.uuid], owners[gpu.uuid])
+                    makes += self._makes(entry, gpu, wanted[gpu.uuid], owners[gpu.uuid], idle.get(gpu.uuid, []))
             self._note_withdrawn(entry, desk, makes)
-            for gpu in entry.report.gpus:
-                if gpu.mig is not None and gpu.mig.enabled:
-                    idle = _idle(entry, gpu, wanted.get(gpu.uuid, set()))
-                    removes += self._removes(gpu.uuid, idle, held.get(gpu.uuid, set()), desk, now)
+            since = desk.idle_since
+            there = [Device(gpu, each) for gpu, slices in idle.items() for each in slices]
+            desk.idle_since = {device: since.get(device, now) for device in there}
+            removes += self._removes(desk, now)
+            removes += [each for each in desk.going if each.gpu in idle and each.slice not in wanted.get(each.gpu, ())]
         else:
             self._note_withdrawn(entry, desk, makes)
         self._put(entry, desk, makes, removes, now)
         desk.due = self._next_due(desk)
-        self._offers.keep_back(name, self._kept_back(desk), frozenset(desk.going))
+        self._offers.keep_back(name, self._kept_back(desk), frozenset({*desk.going, *desk.giving_way}))
 
     def _next_due(self, desk: Desk) -> float:
         times = [trouble.until for trouble in desk.troubles.values()]
@@ -282,7 +291,10 @@ class Orders:
         return min(times, default=NEVER)
 
     def _mend(self, entry: Entry, desk: Desk, now: float) -> None:
-        """Forget troubles that are over, and modes that are as wanted."""
+        """Forget troubles that are over, modes that are as wanted, and all plans where others cut the boards now."""
+        if not self._inventory.slices_are_made(entry.report.node):
+            desk.switches.clear()
+            desk.idle_since.clear()
         gpus = {gpu.uuid: gpu for gpu in entry.report.gpus}
         for uuid, trouble in list(desk.troubles.items()):
             gpu = gpus.get(uuid)
@@ -297,27 +309,25 @@ class Orders:
             ):
                 del desk.switches[uuid]
 
-    def _holders(self, name: str) -> tuple[dict[str, dict[Slice, str]], dict[str, set[Slice]]]:
-        """By GPU: the slices of pods that shall have them, with the pods' UIDs; all that are firmly held."""
+    def _owners(self, name: str) -> dict[str, dict[Slice, str]]:
+        """By GPU: the slices of pods that shall have them, with the pods' UIDs."""
         owners: dict[str, dict[Slice, str]] = {}
-        held: dict[str, set[Slice]] = {}
         for hold in self._ledger.firmly(name):
-            for device in hold.devices:
-                if device.slice is None:
-                    continue
-                held.setdefault(device.gpu, set()).add(device.slice)
-                if hold.phase in (Phase.ASSUMED, Phase.HELD):
+            for device in hold.devices if hold.phase in (Phase.ASSUMED, Phase.HELD) else ():
+                if device.slice is not None:
                     owners.setdefault(device.gpu, {})[device.slice] = hold.pod.uid
-        return owners, held
+        return owners
 
-    def _makes(self, entry: Entry, gpu: Gpu, wanted: set[Slice], owners: Mapping[Slice, str]) -> Iterator[Make]:
+    def _makes(
+        self, entry: Entry, gpu: Gpu, wanted: set[Slice], owners: Mapping[Slice, str], idle: Iterable[Slice]
+    ) -> Iterator[Make]:
         """The held slices of this GPU that do not exist, and what is in their way."""
         missing = [each for each in sorted(owners) if Device(gpu.uuid, each) not in entry.uuids]
         geometry = _geometry(entry, gpu) if missing else None
         if geometry is None or gpu.mig is None or gpu.health == "bad" or faults(geometry, wanted):
             return
         names = {profile_as_asked(profile.name): profile.name for profile in gpu.mig.profiles}
-        way = in_the_way(geometry, wanted, _idle(entry, gpu, wanted))
+        way = in_the_way(geometry, wanted, idle)
         for number, each in enumerate(missing):
             yield Make(
                 gpu=gpu.uuid,
@@ -327,19 +337,12 @@ class Orders:
                 remove=tuple(_at(gpu, names, piece) for piece in way) if number == 0 else (),
             )
 
-    def _removes(
-        self, gpu: str, idle_slices: Iterable[Slice], held: set[Slice], desk: Desk, now: float
-    ) -> Iterator[Device]:
-        """The slices of this GPU that have been idle for too long, and those that are going already."""
-        idle = {Device(gpu, each) for each in idle_slices}
-        for device in [each for each in desk.idle_since if each.gpu == gpu and each not in idle]:
-            del desk.idle_since[device]
-        for device in idle:
-            since = desk.idle_since.setdefault(device, now)
+    def _removes(self, desk: Desk, now: float) -> Iterator[Device]:
+        """The slices that have been idle for too long."""
+        for device, since in desk.idle_since.items():
             too_long = now >= since + self._idle_seconds if self._idle_seconds else since == float("-inf")
-            if too_long and gpu not in desk.troubles:
+            if too_long and device.gpu not in desk.troubles:
                 yield device
-        yield from [each for each in desk.going if each.gpu == gpu and each.slice not in held]
 
     def _note_withdrawn(self, entry: Entry, desk: Desk, makes: Iterable[Make]) -> None:
         """What is no longer to be made, and is not there, may be made all the same until the agent has a newer list."""
@@ -347,13 +350,13 @@ class Orders:
         for make in desk.orders.make:
             device = _device(make)
             if device not in still and device not in entry.uuids:
-                desk.doubts[make.gpu] = desk.orders.version + 1
-                desk.going[device] = desk.orders.version + 1
+                desk.doubts[make.gpu] = self._last_version + 1
+                desk.going[device] = self._last_version + 1
                 desk.failures.pop(device, None)
         as_wanted = {gpu.uuid: gpu.mig.enabled for gpu in entry.report.gpus if gpu.mig is not None}
         for switch in desk.orders.switch:
             if switch.gpu not in desk.switches and as_wanted.get(switch.gpu) != switch.enabled:
-                desk.doubts[switch.gpu] = desk.orders.version + 1
+                desk.doubts[switch.gpu] = self._last_version + 1
 
     def _put(self, entry: Entry, desk: Desk, makes: list[Make], removes: list[Device], now: float) -> None:
         """Replace the list where it is another, or where what is wanted for long has not come."""
@@ -363,16 +366,18 @@ class Orders:
         make = tuple(makes)
         wanted = bool(make or remove or switch)
         again = wanted and desk.sent_at and now >= desk.sent_at + self._retry_seconds
-        if (make, remove, switch) == (before.make, before.remove, before.switch) and not again:
-            return
-        version = before.version + 1
-        desk.orders = OrderList(service=self._service, version=version, make=make, remove=remove, switch=switch)
-        desk.sent_at = 0.0
-        for each in removes:
-            desk.going.setdefault(each, version)
-        for device in [device for device, (failed_in, _) in desk.failures.items() if failed_in < before.version]:
-            del desk.failures[device]
-        self._wake(desk)
+        if (make, remove, switch) != (before.make, before.remove, before.switch) or again:
+            self._last_version += 1
+            desk.orders = OrderList(
+                service=self._service, version=self._last_version, make=make, remove=remove, switch=switch
+            )
+            desk.sent_at = 0.0
+            wanted_still = {_device(each) for each in make}
+            desk.failures = {device: failure for device, failure in desk.failures.items() if device in wanted_still}
+            self._wake(desk)
+        version = desk.orders.version
+        desk.going |= dict.fromkeys(removes, version)
+        desk.giving_way |= {_device(piece): version for each in make for piece in each.remove}
 
     @staticmethod
     def _kept_back(desk: Desk) -> dict[str, str]:
@@ -434,10 +439,23 @@ def _geometry(entry: Entry, gpu: Gpu) -> Geometry | None:
     return next((each.geometry for each in entry.node.gpus if each.uuid == gpu.uuid), None)
 
 
-def _idle(entry: Entry, gpu: Gpu, wanted: set[Slice]) -> list[Slice]:
-    """The instances of this GPU, with a MIG device or without, that nobody holds."""
-    there = next((each.instances for each in entry.node.gpus if each.uuid == gpu.uuid), ())
-    return [each for each in there if each not in wanted]
+def _idle(entry: Entry, wanted: Mapping[str, set[Slice]], claimed: frozenset[str]) -> dict[str, list[Slice]]:
+    """By GPU in MIG mode: the instances, with a MIG device or without, that nobody holds. Not where any could be
+    somebody's: a pod that we did not place, or one that was placed here under another node's name."""
+    enabled = {gpu.uuid for gpu in entry.report.gpus if gpu.mig is not None and gpu.mig.enabled}
+    return {
+        gpu.uuid: [each for each in gpu.instances if each not in wanted.get(gpu.uuid, ())]
+        for gpu in entry.node.gpus
+        if gpu.uuid in enabled - claimed
+    }
+
+
+Named = TypeVar("Named")
+
+
+def _newer(marks: Mapping[Named, int], version: int) -> dict[Named, int]:
+    """What a list of this version, acknowledged, leaves uncertain."""
+    return {each: needed for each, needed in marks.items() if needed > version}
 
 
 def _at(gpu: Gpu, names: Mapping[str, str], piece: Slice) -> SliceAt:

@@ -304,24 +304,26 @@ class Service:
         for name in names - self.truth.nodes:
             self.offers.unbar(name)
         for name in self.truth.nodes_listed(names):
-            self.offers.bar(name, "the API server has no such node")
-            self.hosts.node_gives(name, None)
-            self.inventory.owned(name, Ownership())
-            self.inventory.runs(name, {})
+            self._node_left(name)
 
     def _node_event(self, event: Event) -> None:
         name = event.object["metadata"]["name"]
         if event.type == "DELETED":
             self.truth.nodes.discard(name)
-            self.offers.bar(name, "the API server has no such node")
-            self.hosts.node_gives(name, None)
-            self.inventory.owned(name, Ownership())
-            self.inventory.runs(name, {})
+            self._node_left(name)
             return
         self._node_gives(event.object)
         if name not in self.truth.nodes:
             self.truth.nodes.add(name)
             self.offers.unbar(name)
+
+    def _node_left(self, name: str) -> None:
+        """Who cuts its boards goes on as long as its agent reports: only the Node object has gone, and its labels."""
+        self.offers.bar(name, "the API server has no such node")
+        self.hosts.node_gives(name, None)
+        self.inventory.runs(name, {})
+        if self.inventory.get(name) is None:
+            self.inventory.owned(name, Ownership())
 
     def _node_gives(self, node: Json) -> None:
         name = node["metadata"]["name"]
@@ -359,6 +361,7 @@ class Service:
             if self.inventory.silent_for(name, now=now) > GONE_AFTER_STALE * self.settings.stale_seconds:
                 shared = self._sharing(name)
                 self.inventory.drop(name)
+                self.inventory.owned(name, Ownership())
                 self.offers.forget(name)
                 self.orders.forget(name)
                 for other in shared - {name}:

@@ -338,18 +338,27 @@ class Truth:
                 self.made_room(name)
 
     def misnamed(self) -> list[tuple[PodRef, Written]]:
-        """Held pods whose annotation has other UUIDs for their slices than the node's report now shows."""
+        """Held pods whose annotation has other UUIDs for their slices than the node's report now shows.
+
+        Their nodes are looked at again until they have the right ones; so are those on which a bind is under way.
+        """
         found = []
+        again = {hold.node for hold in self._ledger.assumed()}
         for name in sorted(self._reported):
             entry = self._inventory.get(name)
             for hold in self._ledger.on(name) if entry is not None else ():
                 pod = self.pods.get(hold.pod.uid)
-                if entry is None or pod is None or hold.phase is not Phase.HELD or not isinstance(pod.written, Written):
+                if entry is None or pod is None or hold.phase is not Phase.HELD:
                     continue
                 now = {str(device): entry.uuids[device] for device in hold.devices if device in entry.uuids}
-                if now and now != dict(pod.written.uuids) and set(pod.written.devices) == set(hold.devices):
+                if now and pod.written is None:
+                    again.add(name)  # bound just now: its placement is still to be seen
+                if not isinstance(pod.written, Written) or not now or now == dict(pod.written.uuids):
+                    continue
+                if set(pod.written.devices) == set(hold.devices):
                     found.append((hold.pod, pod.written))
-        self._reported.clear()
+                    again.add(name)
+        self._reported &= again
         return found
 
     def made_room(self, node: str) -> None:

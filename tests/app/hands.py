@@ -75,7 +75,7 @@ class Hands:
         """Remove, make, and say what failed."""
         failed = []
         for switch in orders.switch:
-            self._change(switch.gpu, mig_enabled=switch.enabled)
+            self.change(switch.gpu, mig_enabled=switch.enabled)
         for each in orders.remove:
             failed += self._remove(each)
         for make in orders.make:
@@ -96,19 +96,19 @@ class Hands:
         named = f"MIG-{number}" if uuid == "" else uuid
         made = Instance(profile=profile, gi_id=number, start=start, size=size, uuid=named)
         there = {**self.instances(gpu), (profile, start): made}
-        self._change(gpu, instances=tuple(there.values()))
+        self.change(gpu, instances=tuple(there.values()))
 
     def take_away(self, gpu: str, profile: str, start: int) -> None:
         """It is there no longer."""
         there = self.instances(gpu)
         del there[profile, start]
-        self._change(gpu, instances=tuple(there.values()))
+        self.change(gpu, instances=tuple(there.values()))
 
     def reboot(self) -> None:
         """Instances do not survive it."""
         for gpu in self.report.gpus:
             if gpu.mig is not None:
-                self._change(gpu.uuid, instances=())
+                self.change(gpu.uuid, instances=())
 
     def _make(self, make: Make) -> list[Failed]:
         if (make.profile, make.start) in self.fail:
@@ -147,7 +147,8 @@ class Hands:
         reason = self.fail[at.profile, at.start]
         return Failed(gpu=at.gpu, profile=at.profile, start=at.start, reason=reason)
 
-    def _change(self, gpu: str, *, mig_enabled: bool | None = None, **changes: object) -> None:
+    def change(self, gpu: str, *, mig_enabled: bool | None = None, **changes: object) -> None:
+        """These fields of a GPU's MIG are now so."""
         if mig_enabled is not None:
             changes |= {"enabled": mig_enabled, "pending": mig_enabled}
         self.report = self.report.model_copy(

@@ -7,9 +7,11 @@ import copy
 import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
+from app.errors import Unknown
 from app.report import Fabric, Mig, NvLink, OrderList, Signal
 from app.simulate import report_of
 from app.translate import PLACEMENT_ANNOTATION, Written, pod_of, read_placement
@@ -17,6 +19,7 @@ from solver.samples import sample_node
 from tests.app.hands import Hands
 from tests.app.law import beyond_the_law
 from tests.app.world import GPU, World
+from tests.fakes import pod_json
 
 BIG, HALF, SMALL = "nvidia.com/mig-7g.80gb", "nvidia.com/mig-3g.40gb", "nvidia.com/mig-1g.10gb"
 KIND = "4xA100PCIe-mig1"
@@ -279,6 +282,75 @@ async def test_a_slice_that_is_busy_after_all_is_kept(world, hands):
     assert "in use by process 17" in reason(world)
 
 
+async def test_an_acknowledgement_of_an_older_list_does_not_hand_out_what_a_newer_one_still_removes():
+    async with World({"a": "4xA100PCIe-mig2"}, idle_slice_seconds=30, lease_seconds=1000).running() as world:
+        hands = Hands(world.service, report_of(sample_node("a", "4xA100PCIe-mig2")))
+        hands.put(world.gpus("a")[2], "7g.80gb", 0)
+        hands.tell(makes_slices=True)
+        await later(world, hands, 40)
+        older = await hands.hear()
+        world.add_pod("p", {SMALL: "1"})
+        bind = asyncio.create_task(world.bind("p", "a"))
+        await until_ordered(world)
+        newer = await hands.hear()
+        assert older.remove == newer.remove != ()
+
+        hands.fail[("7g.80gb", 0)] = "NVML: Unknown Error (999)"
+        hands.carry_out(older)
+        hands.fail.clear()
+        world.service.orders.refresh(["a"])
+        world.add_pod("q", {BIG: "1"})
+        assert world.filter("q").fitting == []
+
+        hands.carry_out(newer)
+        assert await bind == ""
+        assert hands.instances(world.gpus("a")[2]) == {}
+
+
+async def test_a_slice_idle_on_a_board_that_left_mig_mode_is_not_idle_for_long_when_it_is_back():
+    async with World({"a": KIND}, idle_slice_seconds=30, lease_seconds=1000).running() as world:
+        hands = Hands(world.service, report_of(sample_node("a", KIND)))
+        hands.put(board(world), "3g.40gb", 0)
+        hands.tell(makes_slices=True)
+        hands.change(board(world), mig_enabled=False, instances=())
+        await later(world, hands, 40)
+        hands.change(board(world), mig_enabled=True)
+        hands.put(board(world), "3g.40gb", 0)
+        hands.tell()
+        assert await hands.obey() is None
+
+
+# -- what could be somebody's ---------------------------------------------------------------------------
+
+
+async def test_slices_that_pods_hold_under_the_nodes_old_name_are_not_idle():
+    """A node was renamed: its pods have not gone yet."""
+    async with World({"a": KIND, "b": KIND}, idle_slice_seconds=30, lease_seconds=1000).running() as world:
+        hands = Hands(world.service, report_of(sample_node("a", KIND)))
+        hands.tell(makes_slices=True)
+        world.add_pod("p", {HALF: "1"})
+        with at_work(hands):
+            assert await world.bind("p", "a") == ""
+        renamed = Hands(world.service, hands.report.model_copy(update={"node": "b", "boot": "the next"}))
+        renamed.tell(orders=None)
+        await later(world, renamed, 40)
+        assert await renamed.obey() is None
+
+
+@pytest.mark.parametrize("count", ["2", "nonsense"])
+async def test_slices_that_could_belong_to_a_pod_placed_by_others_stay(count):
+    """It need not have a process in them yet."""
+    async with World({"a": KIND}, idle_slice_seconds=30, lease_seconds=1000).running() as world:
+        hands = Hands(world.service, report_of(sample_node("a", KIND)))
+        hands.put(board(world), "3g.40gb", 0)
+        hands.put(board(world), "1g.10gb", 4)
+        hands.tell(makes_slices=True)
+        world.kube.add_pod(pod_json("p", {HALF: count}, spec={"nodeName": "a"}))
+        await world.until(lambda: world.service.ledger.get("uid-p") is not None)
+        await later(world, hands, 40)
+        assert await hands.obey() is None
+
+
 # -- who may cut the boards ---------------------------------------------------------------------------
 
 
@@ -312,6 +384,18 @@ async def test_nodes_of_the_mig_manager_are_never_changed(world, hands):
     assert world.filter("q").fitting == ["a"]
 
 
+async def test_the_mig_manager_still_owns_a_node_whose_object_was_deleted(world, hands):
+    """It works on: only its labels have gone, and come back after the kubelet has registered the node again."""
+    label(world, "a", {"nvidia.com/mig.config": "all-1g.10gb", "nvidia.com/mig.config.state": "success"})
+    await world.until(lambda: not world.service.inventory.slices_are_made("a"))
+    world.kube.remove_node("a")
+    await world.until(lambda: "a" not in world.service.truth.nodes)
+    assert not world.service.inventory.slices_are_made("a")
+
+    world.kube.add_node("a")
+    await world.until(lambda: world.service.inventory.slices_are_made("a"))
+
+
 async def test_a_node_that_the_mig_manager_is_changing_is_not_offered(world, hands):
     label(world, "a", {"nvidia.com/mig.config": "all-1g.10gb", "nvidia.com/mig.config.state": "pending"})
     world.add_pod("p", {GPU: "1"})
@@ -332,6 +416,54 @@ async def test_after_a_reboot_held_slices_are_made_again_and_pods_get_their_new_
         hands.tell(boot="the next")
         await world.until(lambda: uuids(world, "p") != before)
     assert [place for place, _ in uuids(world, "p")] == [place for place, _ in before]
+
+
+async def test_new_uuids_that_could_not_be_written_are_written_later(world, hands, monkeypatch):
+    world.add_pod("p", {HALF: "1"})
+    with at_work(hands):
+        assert await world.bind("p", "a") == ""
+        before = uuids(world, "p")
+        await world.until(lambda: world.service.truth.pods["uid-p"].written is not None)
+        write, failures = world.kube.annotate_pod, [Unknown("the API server is away")]
+
+        async def fail_once(*args: Any, **more: Any) -> Any:
+            if failures:
+                raise failures.pop()
+            return await write(*args, **more)
+
+        monkeypatch.setattr(world.kube, "annotate_pod", fail_once)
+        hands.reboot()
+        hands.tell(boot="the next")
+        await world.until(lambda: uuids(world, "p") != before)
+    assert not failures
+
+
+async def test_a_node_that_was_forgotten_and_is_back_acknowledges_nothing_new_by_its_old_report():
+    """The agent's report names the last list that it carried out, of before."""
+    async with World({"a": KIND}, idle_slice_seconds=0, lease_seconds=1000).running() as world:
+        hands = Hands(world.service, report_of(sample_node("a", KIND)))
+        hands.tell(makes_slices=True)
+        for _ in range(3):
+            hands.put(board(world), "1g.10gb", 0)
+            hands.tell()
+            world.service.orders.clear("a", board(world))
+            await hands.obey()
+        world.kube.remove_node("a")
+        await world.until(lambda: "a" not in world.service.truth.nodes)
+        world.clock.advance(200)
+        await world.until(lambda: world.service.inventory.get("a") is None)
+        world.kube.add_node("a")
+        await world.until(lambda: "a" in world.service.truth.nodes)
+        hands.tell()
+
+        world.add_pod("p", {BIG: "1"})
+        bind = asyncio.create_task(world.bind("p", "a"))
+        await until_ordered(world)
+        world.clock.advance(9)
+        hands.tell()
+        assert "was not made" in await bind
+        hands.tell()
+        assert "confirmed" in reason(world)
 
 
 async def test_nothing_is_ordered_before_the_ledger_is_the_whole_truth():
@@ -477,6 +609,18 @@ async def _modes(*, allowed: bool, switches: bool) -> tuple[World, Hands]:
     world.clock.advance(3)
     world.service.modes.sweep() if allowed else None
     return world, hands
+
+
+async def test_no_mode_is_switched_any_more_once_the_mig_manager_has_the_node():
+    world, hands = await _modes(allowed=True, switches=True)
+    try:
+        assert told(world).switch
+        label(world, "a", {"nvidia.com/mig.config": "all-1g.10gb", "nvidia.com/mig.config.state": "success"})
+        await world.until(lambda: not told(world).switch)
+        assert not world.service.orders.is_switching("a")
+        assert not hands.removed
+    finally:
+        await world.service.stop()
 
 
 async def test_one_idle_gpu_is_switched_for_pods_that_wait_for_slices():
