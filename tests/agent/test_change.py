@@ -89,6 +89,18 @@ def test_only_what_an_order_names_makes_room(a100: Session) -> None:
     assert places(after.gpus[0]) == [("3g.20gb", 0), ("1g.5gb", 4)]
 
 
+def test_what_a_list_makes_it_does_not_remove(a100: Session) -> None:
+    """Its pod has no process yet. The service orders no such thing; a list that does is not obeyed in that."""
+    first = Make(gpu=a100.gpu(0), profile="1g.5gb", start=0)
+    _, before = a100.change(order_list(make=(first,)))
+    place = SliceAt(gpu=first.gpu, profile=first.profile, start=first.start)
+    over = Make(gpu=a100.gpu(0), profile="2g.10gb", start=0, remove=(place,))
+    (failed,), after = a100.change(order_list(make=(first, over), remove=(place,)))
+    assert [one.profile for one in failed] == ["1g.5gb", "2g.10gb"]
+    assert all("1g.5gb at 0 is to be there by the same list" in one.reason for one in failed)
+    assert instances(after.gpus[0]) == instances(before.gpus[0])
+
+
 def test_an_instance_in_use_is_never_removed(a100: Session) -> None:
     """Not when told to remove it, and not when told to make something in its place."""
     gpu = a100.gpu(0)
@@ -133,7 +145,9 @@ def test_a_mode_that_cannot_be_read_is_not_taken_for_no_mig(a100: Session) -> No
     place = SliceAt(gpu=a100.gpu(0), profile="1g.5gb", start=0)
     a100.control.fail("nvmlDeviceGetMigMode", 999)
     told = order_list(
-        remove=(place,), make=(Make(**place.model_dump()),), switch=(Switch(gpu=place.gpu, enabled=True),)
+        remove=(place,),
+        make=(Make(gpu=place.gpu, profile="1g.5gb", start=1),),
+        switch=(Switch(gpu=place.gpu, enabled=True),),
     )
     failed, _ = a100.change(told)
     assert [one.reason for one in failed[0]] == ["MIG mode: Unknown Error (999)"] * 3

@@ -212,6 +212,23 @@ result = xids(1)
     assert [one["code"] for one in found] == [48]
 
 
+def test_a_wait_that_never_returns_is_said(pair: Session) -> None:
+    """Silence would look like health."""
+    pair.control.hang("nvmlEventSetWait_v2")
+    found = pair.python("""
+import app.agent.nvml.events as events
+events.HUNG_SECONDS = 0.2
+def said():
+    return [gpu["health_reason"] for gpu in read()["gpus"]]
+result = [said()]
+due = time.monotonic() + 20
+while said() == ["", ""] and time.monotonic() < due:
+    pass
+result += [said()]
+""")
+    assert found == [["", ""], ["events: NVML's wait for them does not return"] * 2]
+
+
 def test_one_gpu_whose_events_cannot_be_had_does_not_silence_the_others(pair: Session) -> None:
     pair.control.fail("nvmlDeviceRegisterEvents", 999, gpu=0)
     found = pair.python(f"""{UNTIL_XIDS}

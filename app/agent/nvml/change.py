@@ -77,10 +77,12 @@ class Changer:
         self._release = release
         self._pods = pods
         self._devices = find()
+        self._wanted: frozenset[tuple[str, str, int]] = frozenset()
         self.forbidden = ""
 
     def carry_out(self, orders: OrderList) -> tuple[Failed, ...]:
         """Work through the list; nothing raises."""
+        self._wanted = frozenset((make.gpu, make.profile, make.start) for make in orders.make)
         return (*self._all_switches(orders), *self._all_removals(orders), *self._all_makes(orders))
 
     def _all_switches(self, orders: OrderList) -> Iterator[Failed]:
@@ -181,7 +183,9 @@ class Changer:
         return "".join(left)
 
     def _remove(self, place: SliceAt) -> None:
-        """Remove exactly this instance, if it is there and nobody uses it."""
+        """Remove exactly this instance, if it is there and nobody uses it or will."""
+        if (place.gpu, place.profile, place.start) in self._wanted:
+            raise Refused(f"{_where(place)} is to be there by the same list")
         device = self._device(place.gpu)
         there = self._at(device, place)
         if there is None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from ctypes import c_void_p, cast
 from typing import Any
@@ -35,6 +36,9 @@ WANTED = (
 WAIT_MILLISECONDS = 1000
 """How long one wait takes at most, and so how long ending the session may take."""
 
+HUNG_SECONDS = 30.0
+"""A wait that has not returned for so long is stuck in the driver, and XIDs are missed."""
+
 MOST_EVENTS = 1024
 """Kept between two looks, each once: a program in a loop of faults must neither fill the memory nor push out others."""
 
@@ -54,6 +58,7 @@ class Events:
         self._ending = threading.Event()
         self._watched: frozenset[str] = frozenset()
         self._failed: dict[str, str] = {}
+        self._waiting_since = 0.0
         self._retry_at = 0.0
         self._absent = False
 
@@ -71,7 +76,10 @@ class Events:
         if not self._absent and devices and (not healthy or retry):
             self.close()
             self._open(devices)
+        hung = self._thread is not None and time.monotonic() - self._waiting_since > HUNG_SECONDS
         for device in devices:
+            if hung:
+                device.notes.append("events: NVML's wait for them does not return")
             if device.uuid in self._failed:
                 device.notes.append(f"events: {self._failed[device.uuid]}")
 
@@ -120,6 +128,7 @@ class Events:
         self._watched = frozenset(device.uuid for device in devices)
         self._ending = threading.Event()
         arguments = (self._set, owners, self._ending)
+        self._waiting_since = time.monotonic()
         self._thread = threading.Thread(target=self._wait, args=arguments, name="nvml-events", daemon=True)
         self._thread.start()
 
@@ -136,6 +145,7 @@ class Events:
 
     def _wait(self, event_set: Any, owners: Mapping[int | None, str], ending: threading.Event) -> None:
         while not ending.is_set():
+            self._waiting_since = time.monotonic()
             try:
                 event = pynvml.nvmlEventSetWait_v2(event_set, WAIT_MILLISECONDS)
             except pynvml.NVMLError as error:
