@@ -101,6 +101,18 @@ def test_what_a_list_makes_it_does_not_remove(a100: Session) -> None:
     assert instances(after.gpus[0]) == instances(before.gpus[0])
 
 
+def test_what_is_in_the_way_goes_also_when_the_first_slice_is_there_already(a100: Session) -> None:
+    """The service names what is in the way on a GPU once, at its first slice; its report may be under way."""
+    idle = Make(gpu=a100.gpu(0), profile="2g.10gb", start=2)
+    first = Make(gpu=a100.gpu(0), profile="1g.5gb", start=0)
+    way = SliceAt(gpu=idle.gpu, profile=idle.profile, start=idle.start)
+    second = Make(gpu=a100.gpu(0), profile="1g.5gb", start=3)
+    both = order_list(make=(first.model_copy(update={"remove": (way,)}), second))
+    failed, after = a100.change(order_list(make=(idle, first)), both)
+    assert failed == [[], []]
+    assert places(after.gpus[0]) == [("1g.5gb", 0), ("1g.5gb", 3)]
+
+
 def test_an_instance_in_use_is_never_removed(a100: Session) -> None:
     """Not when told to remove it, and not when told to make something in its place."""
     gpu = a100.gpu(0)

@@ -142,6 +142,8 @@ class Changer:
         if there is not None:
             if not _computes(there.handle):
                 made.append(Made(make, None, self._make_compute(make, profile, there.handle)))
+            for place in make.remove:  # in the way of the GPU's other slices; this one is there whatever comes of it
+                self._try(partial(self._remove, place))
             return
         for place in make.remove:
             self._remove(place)
