@@ -47,8 +47,8 @@ class Trouble:
 class Desk:
     """One node's list, and what is not certain about it.
 
-    `doubts`: GPUs with withdrawn orders, `going`: idle slices that are to be removed, `giving_way`: those that an order
-    for another removes; all until a list of at least that version is acknowledged, the last that has them.
+    `doubts`: GPUs with withdrawn orders, `going`: idle slices that are to be removed, `giving_way`: others that an
+    order for a slice removes; all until a list of at least that version is acknowledged, the last that has them.
     `idle_since`: when each slice was first seen idle.
     """
 
@@ -262,6 +262,7 @@ class Orders:
         self._mend(entry, desk, now)
         makes: list[Make] = []
         removes: list[Device] = []
+        giving_way: list[Device] = []
         if self._inventory.slices_are_made(name) and not entry.report.error:
             claimed, taken = self._offers.claims(name)
             wanted, owners = _by_gpu(devices_of(taken)), self._owners(name)
@@ -269,6 +270,7 @@ class Orders:
             for gpu in entry.report.gpus:
                 if gpu.uuid in owners:
                     makes += self._makes(entry, gpu, wanted[gpu.uuid], owners[gpu.uuid], idle.get(gpu.uuid, []))
+            giving_way += _able_to_stay(entry, makes, wanted)
             self._note_withdrawn(entry, desk, makes)
             since = desk.idle_since
             there = [Device(gpu, each) for gpu, slices in idle.items() for each in slices]
@@ -278,6 +280,7 @@ class Orders:
         else:
             self._note_withdrawn(entry, desk, makes)
         self._put(entry, desk, makes, removes, now)
+        desk.giving_way |= dict.fromkeys(giving_way, desk.orders.version)
         desk.due = self._next_due(desk)
         self._offers.keep_back(name, self._kept_back(desk), frozenset({*desk.going, *desk.giving_way}))
 
@@ -377,7 +380,6 @@ class Orders:
             self._wake(desk)
         version = desk.orders.version
         desk.going |= dict.fromkeys(removes, version)
-        desk.giving_way |= {_device(piece): version for each in make for piece in each.remove}
 
     @staticmethod
     def _kept_back(desk: Desk) -> dict[str, str]:
@@ -448,6 +450,16 @@ def _idle(entry: Entry, wanted: Mapping[str, set[Slice]], claimed: frozenset[str
         for gpu in entry.node.gpus
         if gpu.uuid in enabled - claimed
     }
+
+
+def _able_to_stay(entry: Entry, makes: Iterable[Make], wanted: Mapping[str, set[Slice]]) -> Iterator[Device]:
+    """The idle slices that are removed for others although each could still be handed out: what runs out is no place
+    but an engine, say."""
+    geometries = {gpu.uuid: gpu.geometry for gpu in entry.node.gpus}
+    for device in [_device(piece) for make in makes for piece in make.remove]:
+        geometry = geometries.get(device.gpu)
+        if geometry and device.slice and not faults(geometry, {*wanted[device.gpu], device.slice}):
+            yield device
 
 
 Named = TypeVar("Named")

@@ -138,6 +138,44 @@ async def test_idle_slices_in_the_way_are_removed_with_the_same_order(world, han
     assert set(hands.instances(board(world))) == {("7g.80gb", 0)}
 
 
+async def test_an_idle_slice_that_gives_way_to_another_is_not_handed_out(world, hands):
+    """Either of the two could go: not a place runs out but an engine."""
+    for_two = {"engines": {"jpeg": 1}, "max_instances": 2}
+    mig = next(gpu.mig for gpu in hands.report.gpus if gpu.uuid == board(world))
+    scarce = ("1g.10gb", "1g.20gb")
+    profiles = [each.model_copy(update=for_two if each.name in scarce else {}) for each in mig.profiles]
+    hands.change(board(world), profiles=tuple(profiles))
+    hands.put(board(world), "1g.10gb", 0)
+    hands.put(board(world), "1g.10gb", 1)
+    hands.tell()
+    world.add_pod("p", {"nvidia.com/mig-1g.20gb": "1"})
+    world.add_pod("q", {SMALL: "1"})
+    bind = asyncio.create_task(world.bind("p", "a"))
+    await until_ordered(world)
+    going = await hands.hear()
+
+    assert "used up" in await world.bind("q", "a")
+    hands.carry_out(going)
+
+    assert await bind == ""
+    assert len(hands.removed) == 1
+    with at_work(hands):
+        assert await world.bind("q", "a") == ""
+    assert world.service.ledger.get("uid-q").devices[0] in world.service.inventory.get("a").uuids
+
+
+async def test_pods_of_a_burst_share_a_board_that_is_being_cleared_for_the_first(world, hands):
+    hands.put(board(world), "7g.80gb", 0)
+    hands.tell()
+    binds = []
+    for number in range(3):
+        world.add_pod(f"p{number}", {SMALL: "1"})
+        binds.append(asyncio.create_task(world.bind(f"p{number}", "a")))
+    await until_ordered(world)
+    with at_work(hands):
+        assert await asyncio.gather(*binds) == ["", "", ""]
+
+
 async def test_slices_in_use_are_never_in_an_order(world, hands):
     with at_work(hands):
         for number in range(7):
