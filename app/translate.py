@@ -22,7 +22,7 @@ from solver.guests import Guest
 GPU_RESOURCE = "nvidia.com/gpu"
 MIG_RESOURCE_PREFIX = "nvidia.com/mig-"
 OUR_PREFIX = "tangram.gpu/"
-SHARE_RESOURCE = "tangram.gpu/share"  # MiB of one GPU's memory
+SHARE_RESOURCE = "tangram.gpu/share"  # GiB of one GPU's memory
 SHARE_MILLI_RESOURCE = "tangram.gpu/share-milli"  # thousandths of one GPU
 ASK_RESOURCE = "tangram.gpu/ask"
 
@@ -46,6 +46,9 @@ DEFAULT_GRACE_SECONDS = 30.0  # Kubernetes' own default of terminationGracePerio
 EVERY_PROFILE = "*"  # no profile has this name: it stands for "whatever it is"
 MOST_DEVICES = 1024  # more than any node has; a larger count is a mistake and would only cost time
 LARGEST_COUNT = 2**31  # of devices, MiB or thousandths of a CPU; more is a mistake, and too much for a machine word
+MIB_IN_GIB = 1024
+KUBELET_REFUSES = ("UnexpectedAdmissionError", "TopologyAffinityError")
+KUBELET_HAS_TOO_LITTLE = "OutOf"  # and the resource's name: pkg/kubelet/lifecycle/predicate.go of Kubernetes
 
 Json = Mapping[str, Any]
 
@@ -89,12 +92,22 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
+class Container:
+    """What one container asks for of what we place, by resource name."""
+
+    name: str
+    resources: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Pod:
     """What we need to know of a pod. `node` is empty until it is bound.
 
     `ask` is what it asks of us now; `need` is what it takes once it is bound, by whomever and whatever its
-    annotations say. `finished`: its containers have ended, as its kubelet said. `gated`: somebody holds it back
-    from being scheduled. `scheduler` is the one that it chose.
+    annotations say. `containers` are those that ask, in the order in which a kubelet admits them. `finished`: its
+    containers have ended, as its kubelet said; `refused` has the kubelet's words if it never let them begin, and
+    `admitted` is whether it did. `gated`: somebody holds it back from being scheduled. `scheduler` is the one that it
+    chose.
     """
 
     ref: PodRef
@@ -109,6 +122,9 @@ class Pod:
     priority: int = 0
     gated: bool = False
     scheduler: str = DEFAULT_SCHEDULER
+    containers: tuple[Container, ...] = ()
+    refused: str = ""
+    admitted: bool = False
 
     @property
     def is_pending(self) -> bool:
@@ -149,6 +165,9 @@ def pod_of(pod: Json) -> Pod:
         priority=_whole(spec.get("priority")),
         gated=bool(spec.get("schedulingGates")),
         scheduler=_text_or(spec, "schedulerName", DEFAULT_SCHEDULER),
+        containers=_who_ask(spec) if need.takes_devices else (),
+        refused=_refused(status) if isinstance(status, Mapping) else "",
+        admitted=isinstance(status, Mapping) and _admitted(status),
     )
 
 
@@ -169,6 +188,21 @@ def _ended(status: Json) -> bool:
         return False
     containers = [each for each in status.get("containerStatuses") or () if isinstance(each, Mapping)]
     return not any(isinstance(each.get("state"), Mapping) and each["state"].get("running") for each in containers)
+
+
+def _refused(status: Json) -> str:
+    """The kubelet's words where it refused to run the pod; such a pod stays Failed for good."""
+    reason, message = status.get("reason"), status.get("message")
+    if status.get("phase") != "Failed" or not isinstance(reason, str):
+        return ""
+    if reason not in KUBELET_REFUSES and not reason.startswith(KUBELET_HAS_TOO_LITTLE):
+        return ""
+    return f"{reason}: {message}" if isinstance(message, str) and message else reason
+
+
+def _admitted(status: Json) -> bool:
+    """Whether its kubelet has taken it: one that it refuses never has a container's status."""
+    return status.get("phase") in ("Running", "Succeeded") or bool(status.get("containerStatuses"))
 
 
 def _seconds(value: object, otherwise: float) -> float:
@@ -203,7 +237,7 @@ def need_of(spec: Json) -> tuple[Demand, Malformed | None]:
     except ValueError as error:
         host, wrong = {}, Malformed(str(error)) if devices else None
     gpus = devices.pop(GPU_RESOURCE, 0)
-    share_mib, share_milli = devices.pop(SHARE_RESOURCE, 0), devices.pop(SHARE_MILLI_RESOURCE, 0)
+    share_mib, share_milli = MIB_IN_GIB * devices.pop(SHARE_RESOURCE, 0), devices.pop(SHARE_MILLI_RESOURCE, 0)
     slices = tuple(sorted((name.removeprefix(MIG_RESOURCE_PREFIX), n) for name, n in devices.items()))
     no_share = _no_share(gpus + len(slices), share_mib, share_milli)
     if no_share:
@@ -227,6 +261,8 @@ def _no_share(others: int, share_mib: int, share_milli: int) -> Malformed | None
     if (share_mib or share_milli) and others:
         what = SHARE_RESOURCE if share_mib else SHARE_MILLI_RESOURCE
         return Malformed(f"asks for {what} beside whole GPUs or MIG slices; a pod gets one or the other")
+    if share_mib > LARGEST_COUNT:
+        return Malformed(f"{SHARE_RESOURCE}: {share_mib // MIB_IN_GIB} GiB are more than any GPU has")
     return None
 
 
@@ -399,7 +435,7 @@ def _uuids_in(value: object) -> tuple[tuple[str, str], ...]:
 def device_of(text: object) -> Device:
     """Read `GPU-…`, `GPU-…/3g.40gb@4` or `GPU-…:250m`. Raises ValueError.
 
-    A share asked for in MiB may be all of its GPU, `GPU-…:1000m`.
+    A share asked for in GiB may be all of its GPU, `GPU-…:1000m`.
     """
     if not isinstance(text, str) or not text:
         raise ValueError(f"not a device: {text!r}")
@@ -455,6 +491,19 @@ def _devices(container: Json) -> dict[str, int]:
         for name, amount in _wanted(container).items()
         if name in _COUNTED or name.startswith(MIG_RESOURCE_PREFIX)
     }
+
+
+def _who_ask(spec: Json) -> tuple[Container, ...]:
+    """The containers that ask for our resources: init containers first, each list in its own order."""
+    found: list[Container] = []
+    try:
+        for container in (*_containers(spec, "initContainers"), *_containers(spec, "containers")):
+            asked = tuple(sorted((name, count) for name, count in _devices(container).items() if count))
+            if asked:
+                found.append(Container(str(container.get("name") or ""), asked))
+    except ValueError:
+        return ()  # such a pod needs everything, whatever its containers say
+    return tuple(found)
 
 
 _COUNTED = frozenset({GPU_RESOURCE, SHARE_RESOURCE, SHARE_MILLI_RESOURCE})

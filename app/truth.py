@@ -436,7 +436,7 @@ def _as_share(seen: Sequence[Device], demand: Demand, entry: Entry) -> tuple[Dev
 
 
 def _meets(devices: Iterable[Device], demand: Demand) -> bool:
-    """Whether the devices are exactly as many of each kind as the demand. A share asked for in MiB may be any."""
+    """Whether the devices are exactly as many of each kind as the demand. A share asked for in GiB may be any."""
     gpus = 0
     shares: list[int] = []
     slices: dict[str, int] = {}

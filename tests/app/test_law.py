@@ -300,8 +300,8 @@ ASKS: tuple[dict[str, str], ...] = (
     {MILLI: "300"},
     {MILLI: "500"},
     {MILLI: "700"},
-    {SHARE: "8000"},
-    {SHARE: "20000"},
+    {SHARE: "8"},
+    {SHARE: "20"},
     {"nvidia.com/mig-1g.10gb": "1"},
     {"nvidia.com/mig-3g.40gb": "1"},
 )
@@ -377,10 +377,10 @@ async def test_shares_fill_one_gpu_and_no_more_and_come_back_after_a_restart():
         assert again.filter("t").fitting == ["l1"]
 
 
-@pytest.mark.parametrize("mib", [8000, sample_node("l1", "4xL4").gpus[0].memory_mib])
-async def test_a_share_of_unknown_place_keeps_back_every_gpu_it_could_be_on_until_it_is_seen(mib):
+@pytest.mark.parametrize("gib", [8, sample_node("l1", "4xL4").gpus[0].memory_mib // 1024])
+async def test_a_share_of_unknown_place_keeps_back_every_gpu_it_could_be_on_until_it_is_seen(gib):
     world = World({"l1": "4xL4"}, lease_seconds=1000)
-    world.add_pod("p", {SHARE: str(mib)}, spec={"nodeName": "l1"})
+    world.add_pod("p", {SHARE: str(gib)}, spec={"nodeName": "l1"})
     world.add_pod("q", {MILLI: "100"})
     async with world.running():
         assert not world.filter("q").fitting
@@ -406,20 +406,20 @@ async def test_a_holder_of_a_share_that_is_seen_on_its_gpu_is_no_stranger(world)
 
 
 async def test_a_share_of_all_of_a_gpu_is_still_known_after_a_restart():
-    """Asked for in MiB it can be; unknown devices would keep back the whole node."""
-    memory = sample_node("l1", "4xL4").gpus[0].memory_mib
-    first = World({"l1": "4xL4"}, lease_seconds=1000)
-    first.add_pod("p", {SHARE: str(memory)})
+    """Asked for in GiB it can be; unknown devices would keep back the whole node."""
+    memory = sample_node("v1", "8xV100").gpus[0].memory_mib
+    first = World({"v1": "8xV100"}, lease_seconds=1000)
+    first.add_pod("p", {SHARE: str(memory // 1024)})
     async with first.running():
-        assert await first.bind("p", "l1") == ""
+        assert await first.bind("p", "v1") == ""
         (device,) = first.devices("p")
-    again = World({"l1": "4xL4"}, on=first.kube, lease_seconds=1000)
-    again.add_pod("q", {GPU: "3"})
+    again = World({"v1": "8xV100"}, on=first.kube, lease_seconds=1000)
+    again.add_pod("q", {GPU: "7"})
     async with again.running():
         assert again.devices("p") == (device,)
-        assert again.filter("q").fitting == ["l1"]
+        assert again.filter("q").fitting == ["v1"]
         again.add_pod("r", {MILLI: "1"})
-        assert await again.bind("q", "l1") == ""
+        assert await again.bind("q", "v1") == ""
         assert not again.filter("r").fitting
 
 

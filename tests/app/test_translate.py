@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from app.translate import (
     PLACEMENT_ANNOTATION,
     TERMS,
+    Container,
     Malformed,
     Written,
     device_of,
@@ -96,7 +97,7 @@ def test_an_annotation_of_ours_that_we_do_not_know_is_refused_not_ignored():
 
 
 def test_shares_of_several_containers_add_up_to_one_share():
-    assert ask({"containers": [container(**{SHARE: "4096"}), container(**{SHARE: 1024})]}) == Demand(share_mib=5120)
+    assert ask({"containers": [container(**{SHARE: "4"}), container(**{SHARE: 1})]}) == Demand(share_mib=5120)
     assert ask({"containers": [container(**{MILLI: 250})] * 3}) == Demand(share_milli=750)
 
 
@@ -113,6 +114,7 @@ def test_a_share_of_an_init_container_counts_as_everything_else_does():
         ({MILLI: 600, GPU: 1}, "beside whole GPUs"),
         ({SHARE: 600, MIG: 1}, "beside whole GPUs or MIG slices"),
         ({SHARE: "0.5"}, "whole number"),
+        ({SHARE: 2**30}, "more than any GPU has"),
     ],
 )
 def test_a_share_that_is_none_is_refused_in_words_and_a_bound_pod_still_holds_something(resources, words):
@@ -120,6 +122,33 @@ def test_a_share_that_is_none_is_refused_in_words_and_a_bound_pod_still_holds_so
     assert isinstance(pod.ask, Malformed)
     assert words in pod.ask.reason
     assert pod.need.gpus > 0
+
+
+# -- the kubelet's side -----------------------------------------------------------------------------------
+
+
+def test_containers_that_ask_are_listed_as_the_kubelet_admits_them():
+    spec = {
+        "initContainers": [{**container(**{GPU: 2}), "name": "first"}, {**container(), "name": "asks for nothing"}],
+        "containers": [{**container(**{MIG: 1, GPU: 1}), "name": "main"}, {**container(**{GPU: 0}), "name": "none"}],
+    }
+    pod = pod_of({"metadata": {"uid": "u", "name": "p"}, "spec": spec})
+    assert pod.containers == (Container("first", ((GPU, 2),)), Container("main", ((GPU, 1), (MIG, 1))))
+
+
+@pytest.mark.parametrize("reason", ["UnexpectedAdmissionError", "TopologyAffinityError", "OutOfnvidia.com/gpu"])
+def test_a_pod_that_its_kubelet_refused_is_finished_and_says_so_in_the_kubelets_words(reason):
+    pod = pod_of(pod_json("p", {GPU: 1}, status={"phase": "Failed", "reason": reason, "message": "Pod was rejected"}))
+    assert pod.refused == f"{reason}: Pod was rejected"
+    assert pod.finished
+    assert not pod.admitted
+
+
+def test_a_pod_that_failed_by_itself_or_was_evicted_was_not_refused():
+    evicted = pod_of(pod_json("p", {GPU: 1}, status={"phase": "Failed", "reason": "Evicted"}))
+    failed = pod_of(pod_json("p", {GPU: 1}, status={"phase": "Failed", "containerStatuses": [{"state": {}}]}))
+    assert (evicted.refused, failed.refused) == ("", "")
+    assert failed.admitted
 
 
 # -- CPU and memory ---------------------------------------------------------------------------------------
