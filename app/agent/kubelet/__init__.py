@@ -1,0 +1,7 @@
+"""The kubelet's side of an agent: which device ids it is offered, the device plugins that it calls, what it says of pods.
+
+report ─▶ ids ─▶ plugin ◀──── kubelet      ListAndWatch: the ids; GetPreferredAllocation, Allocate: answered by `Hands`
+                 pod_resources ─▶ kubelet  which pods it lists, and what their containers have
+
+Only `plugin` and `pod_resources` import gRPC: an agent that hands out nothing does not pay for it.
+"""
