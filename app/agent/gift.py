@@ -1,15 +1,27 @@
 """What a container is given for its devices: environment, CDI names, device files and mounts. No kubelet here.
 
-Two ways, chosen per node (docs/containers.md): `env` names the devices to NVIDIA's container runtime, `cdi` names them to
-a runtime that reads CDI specs (`cdi` writes those).
+Two ways, chosen for a node (docs/containers.md): `env` names the devices to NVIDIA's container runtime, `cdi` names
+them to a runtime that reads CDI specs (`cdi` writes those).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
-from app.report import DeviceAt, NodeReport
+from app.agent.device_files import Host, NoFile, common_files, gpu_file, slice_capabilities
+from app.report import DeviceAt, Gpu, Instance, NodeReport
+
+Way = Literal["env", "cdi"]
+
+KIND = "tangram.gpu/gpu"
+"""The CDI kind of our devices: a vendor of our own, so that no name is ever in two files (docs/containers.md)."""
+
+MPS_PIPES = "/mps/pipe"
+"""Where a container sees the pipe directory of the MPS control daemon."""
+
+SHM = "/dev/shm"  # noqa: S108 — not a temporary file: the shared memory of MPS clients and their server
 
 
 class CannotHand(Exception):
@@ -45,12 +57,134 @@ class Gift:
     mounts: tuple[Mount, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Mps:
+    """Where the MPS control daemon's pipe directory and its shared memory are on the host."""
+
+    pipes: str
+    shm: str = SHM
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A promised device as the last report shows it; `instance` and its UUID where it is a slice."""
+
+    gpu: Gpu
+    uuid: str
+    instance: Instance | None = None
+
+
 class Giver:
-    """Turns devices into gifts, as this node's container runtime wants them."""
+    """Turns devices into gifts, as this node's container runtime wants them. Without `mps` shares are time-sliced."""
+
+    def __init__(self, way: Way = "env", *, host: Host | None = None, kind: str = KIND, mps: Mps | None = None) -> None:
+        self._way = way
+        self._host = host or Host()
+        self._kind = kind
+        self._mps = mps
 
     def gift(self, devices: Sequence[DeviceAt], report: NodeReport, *, memory_mib: int | None = None) -> Gift:
-        """What a container with these devices is given; `memory_mib` where a share was asked for by memory.
+        """What a container with these devices is given; `memory_mib` where it asked for a share by memory.
 
-        Raises `CannotHand` where a device is not in the report, or a slice has no UUID or device file yet.
+        Raises `CannotHand` where a device is not in the report, a slice has no UUID yet, or (the CDI way) a device
+        file is not there.
         """
-        raise CannotHand("not built yet")
+        found = [find(device, report) for device in devices]
+        envs, mounts = self._limits(devices, found, memory_mib)
+        if self._way == "cdi":
+            names = tuple(f"{self._kind}={self._name(device, at)}" for device, at in zip(devices, found, strict=True))
+            return Gift(envs=envs, mounts=mounts, cdi_names=names)
+        visible = ",".join(dict.fromkeys(at.uuid for at in found))
+        nodes = self._nodes(found)
+        return Gift(envs={"NVIDIA_VISIBLE_DEVICES": visible, **envs}, device_nodes=nodes, mounts=mounts)
+
+    def _name(self, device: DeviceAt, at: Found) -> str:
+        """Its name in our CDI file, whose device files must be there: a runtime would refuse the container."""
+        try:
+            missing = [path for path in device_files(self._host, at) if not self._host.has(path)]
+        except NoFile as error:
+            raise CannotHand(f"{_called(device)}: {error}") from error
+        if missing:
+            raise CannotHand(f"{_called(device)}: the host has no {', '.join(missing)} yet")
+        return place_name(device) if at.instance else at.uuid
+
+    def _nodes(self, found: Sequence[Found]) -> tuple[DeviceNode, ...]:
+        """The device files that the agent can see, so that the kubelet and the runtime know of them.
+
+        NVIDIA's runtime brings them all in by itself, but behind the back of the OCI runtime, which takes them away
+        again when the container's limits are updated (CPU manager, a reload of systemd). An agent in a container may
+        see those of its own start only, so what it does not see is left to NVIDIA's runtime.
+        """
+        wanted = [path for at in found for path in _known_files(self._host, at)]
+        own = [path for path in dict.fromkeys(wanted) if self._host.has(path)]
+        return tuple(DeviceNode(path, path) for path in (*own, *(common_files(self._host) if own else ())))
+
+    def _limits(
+        self, devices: Sequence[DeviceAt], found: Sequence[Found], memory_mib: int | None
+    ) -> tuple[dict[str, str], tuple[Mount, ...]]:
+        """What makes an MPS client of a container that has a share; nothing for all others."""
+        milli = sum(device.milli for device in devices)
+        if not milli:
+            return {}, ()
+        if len({at.gpu.uuid for at in found}) > 1:
+            raise CannotHand("a share is of one GPU; the kubelet took ids of several")
+        if self._mps is None:
+            return {}, ()
+        most_mib = memory_mib if memory_mib is not None else found[0].gpu.memory_mib * milli // 1000
+        envs = {
+            "CUDA_MPS_PIPE_DIRECTORY": MPS_PIPES,
+            "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": f"0={max(1, most_mib)}M",
+            "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(min(100, max(1, milli // 10))),
+        }
+        return envs, (
+            Mount(MPS_PIPES, self._mps.pipes, read_only=False),
+            Mount(SHM, self._mps.shm, read_only=False),
+        )
+
+
+def find(device: DeviceAt, report: NodeReport) -> Found:
+    """The device in the report. Raises `CannotHand` where it is not there, or a slice has no UUID."""
+    gpu = next((gpu for gpu in report.gpus if gpu.uuid == device.gpu), None)
+    if gpu is None:
+        raise CannotHand(f"{device.gpu} is not among this node's GPUs")
+    cut = gpu.mig is not None and gpu.mig.enabled
+    if not device.profile:
+        if cut:
+            raise CannotHand(f"{device.gpu} is in MIG mode and cannot be handed out whole")
+        return Found(gpu, gpu.uuid)
+    for instance in gpu.mig.instances if gpu.mig else ():
+        if (instance.profile, instance.start) == (device.profile, device.start) and instance.uuid:
+            return Found(gpu, instance.uuid, instance)
+    raise CannotHand(f"{_called(device)}: the slice is not there, or has no UUID yet")
+
+
+def device_files(host: Host, at: Found) -> tuple[str, ...]:
+    """The files of this device alone, whether they are there or not. Raises `NoFile` where they are not known."""
+    if at.instance is None:
+        return (gpu_file(at.gpu.minor),)
+    capabilities = slice_capabilities(host, at.gpu.minor, at.instance.gi_id, compute_id(at.instance))
+    return (gpu_file(at.gpu.minor), *(capability.path for capability in capabilities))
+
+
+def _known_files(host: Host, at: Found) -> tuple[str, ...]:
+    try:
+        return device_files(host, at)
+    except NoFile:
+        return ()
+
+
+def compute_id(instance: Instance) -> int:
+    """The compute instance that is the MIG device: the one with the instance's UUID; by itself it has number 0."""
+    return next((compute.id for compute in instance.compute if compute.uuid == instance.uuid), 0)
+
+
+def place_name(device: DeviceAt) -> str:
+    """A slice's name in our CDI file, by its place, which outlives the UUID: after a reboot it is the slice made anew.
+
+    In characters that CDI allows, so profiles are spelled as pods do.
+    """
+    return f"{device.gpu}:{device.profile.replace('+', '.')}:{device.start}"
+
+
+def _called(device: DeviceAt) -> str:
+    return f"{device.profile} at {device.start} of {device.gpu}" if device.profile else device.gpu
