@@ -15,21 +15,18 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
-import httpx
 import pytest
 
 from app.simulate import report_of
 from solver.samples import parse_samples
-from tests.e2e.checker import MIG, Checker, Piece, is_live, is_refused, read_annotation, uuids_of
+from tests.e2e.checker import MIG, Checker
+from tests.e2e.churn import QUIET_SECONDS, delete_some, mortal, settle
 from tests.e2e.kubelets import Kubelets
-from tests.e2e.nodes import FINISH_AFTER, KubernetesObject, gpu_pod
+from tests.e2e.sources import Sources
 from tests.e2e.stack import GPU, Knobs, Stack
 from tests.fake_nvml.control import Control
-from tests.fake_nvml.state import read_state
 
 pytestmark = [pytest.mark.e2e]
 
@@ -62,7 +59,6 @@ SLOW_MS = 150
 """How long making and removing takes while things are killed, so that they are killed in the middle of it."""
 
 IDLE_SECONDS = 4.0
-QUIET_SECONDS = 90.0
 STEP_SECONDS = 0.1
 
 
@@ -127,7 +123,7 @@ def churn(stack: Stack, *, pods: int, seconds: float, seed: int, kills: int = 0)
     with Kubelets(stack.cluster, fleet, controls, seed=seed), checker.following() as follower:
         while (elapsed := time.monotonic() - started) < seconds:
             due = sum(arrival <= elapsed for arrival in arrivals)
-            stack.cluster.add_pods(mortal(rng, f"slice-{number}") for number in range(created, due))
+            stack.cluster.add_pods(mortal(rng, f"slice-{number}", ASKS) for number in range(created, due))
             created = due
             delete_some(stack, rng)
             if moments and moments[0][0] <= elapsed:
@@ -153,31 +149,6 @@ def churn(stack: Stack, *, pods: int, seconds: float, seed: int, kills: int = 0)
     )
 
 
-def mortal(rng: random.Random, name: str) -> KubernetesObject:
-    """A pod that ends by itself, or waits to be deleted."""
-    (asks,) = rng.choices([dict(ask) for ask, _ in ASKS], [weight for _, weight in ASKS])
-    pod = gpu_pod(name, asks)
-    if rng.random() < 0.6:
-        pod["metadata"].setdefault("annotations", {})[FINISH_AFTER] = f"{rng.randint(3, 30)}s"
-        pod["spec"]["restartPolicy"] = "Never"
-    pod["spec"]["terminationGracePeriodSeconds"] = 2
-    return pod
-
-
-def delete_some(stack: Stack, rng: random.Random) -> None:
-    """Now and then one pod is deleted: waiting, being bound, running or finished; some by force."""
-    if rng.random() > 0.15:
-        return
-    pods = stack.cluster.pods()
-    if not pods:
-        return
-    try:
-        stack.cluster.delete_pod(rng.choice(pods)["metadata"]["name"], grace_seconds=rng.choice([None, None, 0]))
-    except Exception as gone:  # it may just have gone by itself
-        if "404" not in str(gone):
-            raise
-
-
 def kill(stack: Stack, what: str, rng: random.Random) -> None:
     """SIGKILL, down for a random time, up again."""
     if what == "service":
@@ -190,136 +161,3 @@ def kill(stack: Stack, what: str, rng: random.Random) -> None:
     fleet.stop(name)
     time.sleep(rng.random())
     fleet.start(name)
-
-
-def settle(stack: Stack, checker: Checker, sources: Sources) -> int:
-    """Wait until nobody who waits has a legal step and all who are bound stay as they are; how many wait."""
-    deadline = time.monotonic() + QUIET_SECONDS
-    before: set[str] | None = None
-    while True:
-        sources.look()
-        pods = [pod for pod in stack.cluster.pods() if is_live(pod)]
-        waiting = [pod for pod in pods if not pod["spec"].get("nodeName")]
-        now = {pod["metadata"]["uid"] for pod in pods}
-        fitting = checker.pending_with_a_legal_step(pods)
-        if now == before and not fitting and all(is_refused(pod) for pod in waiting):
-            return len(waiting)
-        assert time.monotonic() < deadline, f"{len(waiting)} wait, of whom these would fit: {fitting}"
-        before = now
-        time.sleep(1.0)
-
-
-@dataclass
-class Sources:
-    """Reads the API server, the ledger and the boards, and says where they differ."""
-
-    stack: Stack
-    faults: list[str] = field(default_factory=list)
-    steps: int = 0
-    compared: int = 0
-    seen_made: int = 0
-    seen_removed: int = 0
-    _boards: dict[tuple[str, str, int], str] = field(default_factory=dict)
-
-    def look(self) -> None:
-        """One step. Only pods that were the same before and after the other two were read are compared."""
-        before = self._bound()
-        ledger = self._ledger()
-        boards = self._read_boards()
-        after = self._bound()
-        self.steps += 1
-        for uid, pod in before.items():
-            if uid in after and read_annotation(pod) == read_annotation(after[uid]):
-                self.compared += 1
-                self._compare(uid, pod, after[uid], ledger, boards)
-
-    def _compare(
-        self,
-        uid: str,
-        before: KubernetesObject,
-        after: KubernetesObject,
-        ledger: dict[str, list[str]] | None,
-        boards: dict[tuple[str, str, int], str],
-    ) -> None:
-        name, given = before["metadata"]["name"], read_annotation(before)
-        if given is None:
-            self._say(f"{name} is bound without a placement")
-            return
-        if ledger is not None and ledger.get(uid) != sorted(str(piece) for piece in given.pieces):
-            self._say(f"{name}: its annotation says {[*map(str, given.pieces)]}, the ledger {ledger.get(uid)}")
-        named = [uuids_of(before), uuids_of(after)]
-        for piece in given.pieces:
-            if piece.profile:
-                found = boards.get((piece.gpu, piece.profile, piece.start))
-                if found is None or all(found != uuids.get(str(piece)) for uuids in named):
-                    said = named[0].get(str(piece))
-                    self._say(f"{name} has {piece} as {said}; on the board there is {found}")
-
-    def _bound(self) -> dict[str, KubernetesObject]:
-        return {
-            pod["metadata"]["uid"]: pod
-            for pod in self.stack.cluster.pods()
-            if is_live(pod) and pod["spec"].get("nodeName") and "deletionTimestamp" not in pod["metadata"]
-        }
-
-    def _ledger(self) -> dict[str, list[str]] | None:
-        """Devices by pod; None while the service is down or not ready."""
-        try:
-            if not self.stack.service.readiness()["ready"]:
-                return None
-            pods = self.stack.service.get("/v1/pods")["pods"]
-            if not self.stack.service.readiness()["ready"]:
-                return None
-        except httpx.HTTPError:
-            return None
-        return {each["uid"]: sorted(each["devices"]) for each in pods if each["phase"] in ("assumed", "held")}
-
-    def _read_boards(self) -> dict[tuple[str, str, int], str]:
-        """MIG UUIDs by GPU, profile and start; "" for an instance without a compute instance. Overlaps are faults."""
-        found: dict[tuple[str, str, int], str] = {}
-        for node in self.stack.nodes:
-            state = read_state(self.stack.real_agents.fleet.description(node.name))
-            for uuid, gpu in state.gpus.items():
-                units: Counter[int] = Counter()
-                for instance in gpu.instances:
-                    units.update(range(instance.start, instance.start + instance.size))
-                    found[uuid, instance.profile.replace("+", "."), instance.start] = instance.uuid or ""
-                if any(count > 1 for count in units.values()):
-                    self._say(f"{uuid}: instances overlap: {gpu.instances}")
-        self.seen_made += len(found.keys() - self._boards.keys())
-        self.seen_removed += len(self._boards.keys() - found.keys())
-        self._boards = found
-        return found
-
-    def until_owned(self, seconds: float) -> int:
-        """Wait until the boards have exactly the slices of bound pods; how many."""
-        deadline = time.monotonic() + seconds
-        while True:
-            self.look()
-            owned = {
-                (piece.gpu, piece.profile, piece.start)
-                for pod in self._bound().values()
-                for piece in self._pieces(pod)
-                if piece.profile
-            }
-            if owned == set(self._boards):
-                return len(owned)
-            if time.monotonic() > deadline:
-                without, missing = set(self._boards) - owned, owned - set(self._boards)
-                raise AssertionError(f"slices without an owner: {without}; pods without their slice: {missing}")
-            time.sleep(0.3)
-
-    def _pieces(self, pod: KubernetesObject) -> tuple[Piece, ...]:
-        given = read_annotation(pod)
-        return given.pieces if given else ()
-
-    def times(self) -> str:
-        """How long binds waited, by the service's own histogram since its last start."""
-        metric = "tangram_slices_made_seconds"
-        count = self.stack.service.metric(f'{metric}_count{{outcome="made"}}')
-        total = self.stack.service.metric(f'{metric}_sum{{outcome="made"}}')
-        return f"{1000 * total / count:.0f} ms on average" if count else "none"
-
-    def _say(self, fault: str) -> None:
-        if fault not in self.faults:
-            self.faults.append(fault)
