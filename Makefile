@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo cluster test unit e2e soak properties lint format bench bench-quality bench-agent lock clean
+.PHONY: help setup demo cluster test unit e2e soak properties lint format bench bench-quality bench-agent protos lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -72,6 +72,9 @@ lint: $(STAMP) ## ruff (format and check), mypy strict, import directions
 format: $(STAMP) ## put the code into ruff's format
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+protos: $(STAMP) ## generate the agent's gRPC messages from app/agent/kubelet/*.proto
+	@$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. app/agent/kubelet/*.proto
 
 lock: $(STAMP) ## renew the lock files (needs uv: pip install uv)
 	@uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header --no-annotate -q -o requirements.lock

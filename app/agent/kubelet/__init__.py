@@ -1,4 +1,5 @@
-"""The kubelet's side of an agent: which device ids it is offered, the device plugins that it calls, what it says of pods.
+"""The agent's side of the kubelet's APIs: which device ids are offered, the device plugins that it calls, what it
+says of pods.
 
 report ─▶ ids ─▶ plugin ◀──── kubelet      ListAndWatch: the ids; GetPreferredAllocation, Allocate: answered by `Hands`
                  pod_resources ─▶ kubelet  which pods it lists, and what their containers have

@@ -47,7 +47,7 @@ def resource_of(device: DeviceAt) -> str:
 
 
 def id_of(device: DeviceAt) -> str:
-    """The device's id. Raises ValueError for a share, which has one id for each of its parts, and for what is too long."""
+    """The device's id. Raises ValueError for a share, which has an id for each of its parts, and for one too long."""
     if device.milli:
         raise ValueError(f"{device.milli} thousandths of {device.gpu} have as many device ids")
     found = f"{device.gpu}/{_as_asked(device.profile)}@{device.start}" if device.profile else device.gpu
