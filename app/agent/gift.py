@@ -1,22 +1,17 @@
 """What a container is given for its devices: environment, CDI names, device files and mounts. No kubelet here.
 
-Two ways, chosen for a node (docs/containers.md): `env` names the devices to NVIDIA's container runtime, `cdi` names
-them to a runtime that reads CDI specs (`cdi` writes those).
+Two ways, chosen for a node (docs/containers.md): by environment, which names the devices to NVIDIA's container runtime,
+or by the names in a CDI file (`cdi` writes it), for every runtime that reads those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
-from app.agent.device_files import Host, NoFile, common_files, gpu_file, slice_capabilities
-from app.report import DeviceAt, Gpu, Instance, NodeReport
-
-Way = Literal["env", "cdi"]
-
-KIND = "tangram.gpu/gpu"
-"""The CDI kind of our devices: a vendor of our own, so that no name is ever in two files (docs/containers.md)."""
+from app.agent.cdi import CdiFile
+from app.agent.device_files import Found, Host, NoFile, common_files, files_of, place_name
+from app.report import DeviceAt, NodeReport
 
 MPS_PIPES = "/mps/pipe"
 """Where a container sees the pipe directory of the MPS control daemon."""
@@ -65,48 +60,30 @@ class Mps:
     shm: str = SHM
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A promised device as the last report shows it; `instance` and its UUID where it is a slice."""
-
-    gpu: Gpu
-    uuid: str
-    instance: Instance | None = None
-
-
 class Giver:
-    """Turns devices into gifts, as this node's container runtime wants them. Without `mps` shares are time-sliced."""
+    """Turns devices into gifts, as this node's container runtime wants them.
 
-    def __init__(self, way: Way = "env", *, host: Host | None = None, kind: str = KIND, mps: Mps | None = None) -> None:
-        self._way = way
+    With `cdi` by CDI names, else by environment. Without `mps` shares are time-sliced.
+    """
+
+    def __init__(self, *, host: Host | None = None, cdi: CdiFile | None = None, mps: Mps | None = None) -> None:
         self._host = host or Host()
-        self._kind = kind
+        self._cdi = cdi
         self._mps = mps
 
     def gift(self, devices: Sequence[DeviceAt], report: NodeReport, *, memory_mib: int | None = None) -> Gift:
         """What a container with these devices is given; `memory_mib` where it asked for a share by memory.
 
-        Raises `CannotHand` where a device is not in the report, a slice has no UUID yet, or (the CDI way) a device
-        file is not there.
+        Raises `CannotHand` where a device is not in the report, a slice has no UUID yet, or (by CDI) a device cannot
+        be in the file. By CDI the file is brought up to this report before the answer.
         """
         found = [find(device, report) for device in devices]
         envs, mounts = self._limits(devices, found, memory_mib)
-        if self._way == "cdi":
-            names = tuple(f"{self._kind}={self._name(device, at)}" for device, at in zip(devices, found, strict=True))
-            return Gift(envs=envs, mounts=mounts, cdi_names=names)
+        if self._cdi is not None:
+            names = (_cdi_name(self._cdi, device, at, report) for device, at in zip(devices, found, strict=True))
+            return Gift(envs=envs, mounts=mounts, cdi_names=tuple(dict.fromkeys(names)))
         visible = ",".join(dict.fromkeys(at.uuid for at in found))
-        nodes = self._nodes(found)
-        return Gift(envs={"NVIDIA_VISIBLE_DEVICES": visible, **envs}, device_nodes=nodes, mounts=mounts)
-
-    def _name(self, device: DeviceAt, at: Found) -> str:
-        """Its name in our CDI file, whose device files must be there: a runtime would refuse the container."""
-        try:
-            missing = [path for path in device_files(self._host, at) if not self._host.has(path)]
-        except NoFile as error:
-            raise CannotHand(f"{_called(device)}: {error}") from error
-        if missing:
-            raise CannotHand(f"{_called(device)}: the host has no {', '.join(missing)} yet")
-        return place_name(device) if at.instance else at.uuid
+        return Gift({"NVIDIA_VISIBLE_DEVICES": visible, **envs}, device_nodes=self._nodes(found), mounts=mounts)
 
     def _nodes(self, found: Sequence[Found]) -> tuple[DeviceNode, ...]:
         """The device files that the agent can see, so that the kubelet and the runtime know of them.
@@ -116,8 +93,9 @@ class Giver:
         see those of its own start only, so what it does not see is left to NVIDIA's runtime.
         """
         wanted = [path for at in found for path in _known_files(self._host, at)]
-        own = [path for path in dict.fromkeys(wanted) if self._host.has(path)]
-        return tuple(DeviceNode(path, path) for path in (*own, *(common_files(self._host) if own else ())))
+        own = [path for path in dict.fromkeys(wanted) if self._host.has_device(path)]
+        common = common_files(self._host) if own else ()
+        return tuple(DeviceNode(path, self._host.device(path)) for path in (*own, *common))
 
     def _limits(
         self, devices: Sequence[DeviceAt], found: Sequence[Found], memory_mib: int | None
@@ -158,32 +136,19 @@ def find(device: DeviceAt, report: NodeReport) -> Found:
     raise CannotHand(f"{_called(device)}: the slice is not there, or has no UUID yet")
 
 
-def device_files(host: Host, at: Found) -> tuple[str, ...]:
-    """The files of this device alone, whether they are there or not. Raises `NoFile` where they are not known."""
-    if at.instance is None:
-        return (gpu_file(at.gpu.minor),)
-    capabilities = slice_capabilities(host, at.gpu.minor, at.instance.gi_id, compute_id(at.instance))
-    return (gpu_file(at.gpu.minor), *(capability.path for capability in capabilities))
+def _cdi_name(cdi: CdiFile, device: DeviceAt, at: Found, report: NodeReport) -> str:
+    name = place_name(device) if at.instance else at.uuid
+    wrong = cdi.why_not(name, report)
+    if wrong:
+        raise CannotHand(f"{_called(device)}: {wrong}")
+    return f"{cdi.kind}={name}"
 
 
 def _known_files(host: Host, at: Found) -> tuple[str, ...]:
     try:
-        return device_files(host, at)
+        return files_of(host, at)
     except NoFile:
         return ()
-
-
-def compute_id(instance: Instance) -> int:
-    """The compute instance that is the MIG device: the one with the instance's UUID; by itself it has number 0."""
-    return next((compute.id for compute in instance.compute if compute.uuid == instance.uuid), 0)
-
-
-def place_name(device: DeviceAt) -> str:
-    """A slice's name in our CDI file, by its place, which outlives the UUID: after a reboot it is the slice made anew.
-
-    In characters that CDI allows, so profiles are spelled as pods do.
-    """
-    return f"{device.gpu}:{device.profile.replace('+', '.')}:{device.start}"
 
 
 def _called(device: DeviceAt) -> str:
