@@ -50,6 +50,15 @@ def gpu_node(
     }
 
 
+def kubelet_node(
+    name: str, product: str = "NVIDIA-H100-80GB-HBM3", *, labels: Mapping[str, str] | None = None
+) -> KubernetesObject:
+    """A node that KWOK leaves alone: the test starts its kubelet, and that kubelet's plugins bring its GPUs."""
+    node = gpu_node(name, product, labels=labels)
+    del node["metadata"]["annotations"][KWOK_NODE]
+    return node
+
+
 def _node_info() -> dict[str, str]:
     unknown = ("machineID", "systemUUID", "bootID", "kernelVersion", "osImage", "kubeProxyVersion")
     known = {"architecture": "amd64", "operatingSystem": "linux", "kubeletVersion": "v1.37.1"}

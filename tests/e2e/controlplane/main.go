@@ -27,6 +27,8 @@ var programs = []struct {
 	{"kube-controller-manager", manager.NewControllerManagerCommand},
 	{"kube-scheduler", func() *cobra.Command { return scheduler.NewSchedulerCommand() }},
 	{"kubectl", kubectl.NewDefaultKubectlCommand},
+	{"kubelet", newKubeletCommand},
+	{"cdi", newCDICommand},
 }
 
 func main() {

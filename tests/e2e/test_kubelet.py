@@ -1,0 +1,317 @@
+"""The ground that tests of devices stand on: does controlplane/kubelet.go do what a kubelet does?
+
+Pods are bound by the test itself, so that what is seen is the kubelet alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import grpc
+import pytest
+
+from app.agent.kubelet import deviceplugin_pb2 as api
+from app.agent.kubelet import deviceplugin_pb2_grpc as service
+from app.agent.kubelet import podresources_pb2 as resources_api
+from app.agent.kubelet import podresources_pb2_grpc as resources_service
+from tests.e2e.cluster import Cluster, ControlPlane
+from tests.e2e.kubelet import ContainerEvent, Kubelet, NoMountNamespace, mount_namespace
+from tests.e2e.nodes import KubernetesObject, gpu_pod, kubelet_node
+
+pytestmark = pytest.mark.e2e
+
+GPU = "nvidia.com/gpu"
+NUMA_OF = {"gpu-0": 0, "gpu-1": 0, "gpu-2": 1, "gpu-3": 1}
+CALL_SECONDS = 20.0
+NUMBERS = itertools.count(1)
+
+
+class Plugin(service.DevicePluginServicer):
+    """A device plugin of the simplest kind, that remembers what it was asked and does as the test says."""
+
+    def __init__(self, kubelet: Kubelet, numa_of: Mapping[str, int]) -> None:
+        self.prefers: list[str] = []
+        self.refuses = ""
+        self.allocated: list[set[str]] = []
+        self.listed_meanwhile: list[dict[str, set[str]]] = []
+        """What PodResources said while each Allocate was being answered."""
+        self._kubelet = kubelet
+        self._numa_of = numa_of
+        self._ill: set[str] = set()
+        self._changed = threading.Condition()
+        self._version = 0
+        self._sockets = itertools.count()
+        self._closing = ExitStack()
+
+    def register(self) -> None:
+        """Listen at a new socket and tell the kubelet, which afterwards lists our devices."""
+        server = grpc.server(ThreadPoolExecutor(8))
+        service.add_DevicePluginServicer_to_server(self, server)
+        name = f"test-{next(self._sockets)}.sock"
+        server.add_insecure_port(f"unix:{self._kubelet.plugin_dir / name}")
+        server.start()
+        self._closing.callback(lambda: server.stop(None).wait())
+        with grpc.insecure_channel(f"unix:{self._kubelet.plugin_dir / 'kubelet.sock'}") as channel:
+            options = api.DevicePluginOptions(get_preferred_allocation_available=True)
+            request = api.RegisterRequest(version="v1beta1", endpoint=name, resource_name=GPU, options=options)
+            service.RegistrationStub(channel).Register(request, timeout=CALL_SECONDS)
+
+    def fall_ill(self, device: str) -> None:
+        """From now on the device is listed as unhealthy."""
+        with self._changed:
+            self._ill.add(device)
+            self._version += 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End every stream and server."""
+        with self._changed:
+            self._version = -1
+            self._changed.notify_all()
+        self._closing.close()
+
+    def GetDevicePluginOptions(self, request: Any, context: Any) -> api.DevicePluginOptions:
+        return api.DevicePluginOptions(get_preferred_allocation_available=True)
+
+    def ListAndWatch(self, request: Any, context: Any) -> Iterator[api.ListAndWatchResponse]:
+        sent = -1
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda sent=sent: self._version != sent)  # type: ignore[misc]
+                sent = self._version
+            if sent < 0:
+                return
+            yield api.ListAndWatchResponse(devices=[self._device(name) for name in self._numa_of])
+
+    def GetPreferredAllocation(self, request: Any, context: Any) -> api.PreferredAllocationResponse:
+        wanted = api.ContainerPreferredAllocationResponse(deviceIDs=self.prefers)
+        return api.PreferredAllocationResponse(container_responses=[wanted])
+
+    def Allocate(self, request: Any, context: Any) -> api.AllocateResponse:
+        self.listed_meanwhile.append(listed(self._kubelet))
+        if self.refuses:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, self.refuses)
+        ids = sorted(request.container_requests[0].devices_ids)
+        self.allocated.append(set(ids))
+        given = api.ContainerAllocateResponse(
+            envs={"NVIDIA_VISIBLE_DEVICES": ",".join(ids)},
+            annotations={"tangram.gpu/given": ",".join(ids)},
+            cdi_devices=[api.CDIDevice(name=f"{GPU}={device}") for device in ids],
+            devices=[api.DeviceSpec(container_path="/dev/null", host_path="/dev/null", permissions="rw")],
+        )
+        return api.AllocateResponse(container_responses=[given])
+
+    def _device(self, name: str) -> api.Device:
+        topology = api.TopologyInfo(nodes=[api.NUMANode(ID=self._numa_of[name])])
+        return api.Device(ID=name, health="Unhealthy" if name in self._ill else "Healthy", topology=topology)
+
+
+def listed(kubelet: Kubelet) -> dict[str, set[str]]:
+    """What PodResources says: each pod's device ids, by name."""
+    with grpc.insecure_channel(f"unix:{kubelet.pod_resources_socket}") as channel:
+        stub = resources_service.PodResourcesListerStub(channel)
+        reply = stub.List(resources_api.ListPodResourcesRequest(), timeout=CALL_SECONDS)
+    return {
+        pod.name: {device for each in pod.containers for devices in each.devices for device in devices.device_ids}
+        for pod in reply.pod_resources
+    }
+
+
+class Machine:
+    """A node with its kubelet and one plugin."""
+
+    def __init__(self, cluster: Cluster, kubelet: Kubelet, plugin: Plugin) -> None:
+        self.cluster = cluster
+        self.kubelet = kubelet
+        self.plugin = plugin
+
+    def bind(self, *names: str, gpus: int = 1, **options: Any) -> None:
+        """Create pods that are bound to the node from the start."""
+        self.cluster.add_pods(self._bound(name, gpus, **options) for name in names)
+
+    def _bound(self, name: str, gpus: int, grace_seconds: int = 5, **options: Any) -> KubernetesObject:
+        pod = gpu_pod(name, {GPU: gpus}, **options)
+        pod["spec"] |= {"nodeName": self.kubelet.node, "terminationGracePeriodSeconds": grace_seconds}
+        return pod
+
+    def wait_offered(self, *, capacity: int, allocatable: int) -> None:
+        """Until the node's status says so."""
+
+        def offered() -> bool:
+            status = self.cluster.get(f"/api/v1/nodes/{self.kubelet.node}")["status"]
+            return (status["capacity"].get(GPU), status["allocatable"].get(GPU)) == (str(capacity), str(allocatable))
+
+        self.cluster.wait_for(offered, f"{capacity} GPUs, {allocatable} of them well")
+
+    def container_of(self, name: str) -> ContainerEvent:
+        """How the pod's one container was started."""
+        (found,) = [each for each in self.kubelet.containers().values() if each.pod == name]
+        return found
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    try:
+        mount_namespace()
+    except NoMountNamespace as refused:
+        if os.environ.get("CI") == "true":
+            pytest.fail(str(refused))
+        pytest.skip(str(refused))
+    with ControlPlane() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def machine(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """A machine with four GPUs on two NUMA nodes; its parameter is more for the kubelet."""
+    node = f"node-{next(NUMBERS)}"
+    cluster.add_nodes([kubelet_node(node)])
+    options: dict[str, Any] = getattr(request, "param", {})
+    with Kubelet(cluster.processes, node, cluster.kubeconfig, **options) as kubelet:
+        plugin = Plugin(kubelet, NUMA_OF)
+        plugin.register()
+        machine = Machine(cluster, kubelet, plugin)
+        machine.wait_offered(capacity=4, allocatable=4)
+        yield machine
+        plugin.close()
+        cluster.delete_all_pods()
+
+
+def test_ill_device_lowers_what_the_node_offers(machine: Machine) -> None:
+    machine.plugin.fall_ill("gpu-1")
+    machine.wait_offered(capacity=4, allocatable=3)
+
+
+def test_pod_gets_the_ids_that_the_plugin_prefers(machine: Machine) -> None:
+    machine.plugin.prefers = ["gpu-3"]
+    machine.bind("wants-one")
+    machine.cluster.wait_phase("wants-one", "Running")
+
+    given = machine.container_of("wants-one")
+    assert given.devices == {GPU: ("gpu-3",)}
+    assert given.envs == {"NVIDIA_VISIBLE_DEVICES": "gpu-3"}
+    assert given.annotations == {"tangram.gpu/given": "gpu-3"}
+    assert given.cdi_devices == ("nvidia.com/gpu=gpu-3",)
+    assert given.device_nodes == ("/dev/null",)
+    assert listed(machine.kubelet) == {"wants-one": {"gpu-3"}}
+
+
+@pytest.mark.parametrize("machine", [{"policy": "single-numa-node"}], indirect=True)
+def test_pod_that_cannot_be_aligned_is_failed(machine: Machine) -> None:
+    machine.bind("wants-three", gpus=3)
+    refused = machine.cluster.wait_phase("wants-three", "Failed")
+    assert refused["status"]["reason"] == "TopologyAffinityError"
+    assert refused["status"]["message"].startswith("Pod was rejected: ")
+    assert not machine.plugin.allocated
+    assert [event.event for event in machine.kubelet.events()] == ["refused"]
+    assert listed(machine.kubelet) == {}
+
+    machine.plugin.prefers = ["gpu-2", "gpu-3"]
+    machine.bind("wants-two", gpus=2)
+    machine.cluster.wait_phase("wants-two", "Running")
+    (ids,) = machine.container_of("wants-two").devices.values()
+    assert len({NUMA_OF[device] for device in ids}) == 1
+
+
+def test_killed_kubelet_keeps_what_it_gave(machine: Machine) -> None:
+    machine.plugin.prefers = ["gpu-2"]
+    machine.bind("before")
+    machine.cluster.wait_phase("before", "Running")
+    before = machine.kubelet.containers()
+
+    machine.kubelet.restart()
+
+    machine.cluster.wait_for(lambda: listed(machine.kubelet) == {"before": {"gpu-2"}}, "PodResources to know the pod")
+    machine.wait_offered(capacity=0, allocatable=0)  # plugins have to register again
+    machine.plugin.register()
+    machine.wait_offered(capacity=4, allocatable=4)
+    machine.plugin.prefers = ["gpu-2", "gpu-0"]
+    machine.bind("after", gpus=2)
+    machine.cluster.wait_phase("after", "Running")
+    (ids,) = machine.container_of("after").devices.values()
+    assert "gpu-2" not in ids
+    assert machine.kubelet.containers().items() >= before.items()
+    assert len(machine.plugin.allocated) == 2
+
+
+def test_plugin_that_refuses_fails_the_pod(machine: Machine) -> None:
+    machine.plugin.refuses = "no such slice"
+    machine.bind("refused")
+    refused = machine.cluster.wait_phase("refused", "Failed")
+    assert refused["status"]["reason"] == "UnexpectedAdmissionError"
+    assert "no such slice" in refused["status"]["message"]
+
+    machine.plugin.refuses = ""
+    machine.bind("all", gpus=4)
+    machine.cluster.wait_phase("all", "Running")
+
+
+@pytest.mark.parametrize("machine", [{"longest_delay_seconds": 1.0}], indirect=True)
+def test_pods_are_admitted_one_by_one(machine: Machine) -> None:
+    """Whoever is being given devices is the only listed pod that has none."""
+    names = [f"pod-{index}" for index in range(4)]
+    machine.bind(*names)
+    for name in names:
+        machine.cluster.wait_phase(name, "Running")
+    empty = [[name for name, ids in seen.items() if not ids] for seen in machine.plugin.listed_meanwhile]
+    assert all(len(lacking) == 1 for lacking in empty)
+    assert {lacking[0] for lacking in empty} == set(names)
+    assert [len(seen) for seen in machine.plugin.listed_meanwhile] == [1, 2, 3, 4]
+
+
+def test_node_without_enough_refuses_by_name(machine: Machine) -> None:
+    machine.plugin.fall_ill("gpu-0")
+    machine.wait_offered(capacity=4, allocatable=3)
+    machine.bind("wants-four", gpus=4)
+    refused = machine.cluster.wait_phase("wants-four", "Failed")
+    assert refused["status"]["reason"] == "UnexpectedAdmissionError"  # the device manager is asked before predicates
+
+
+def test_pod_ends_by_itself_and_frees_its_devices(machine: Machine) -> None:
+    machine.bind("short", gpus=4, annotations={"tangram.test/seconds": "0.2"}, finish_after="1h")
+    machine.cluster.wait_phase("short", "Succeeded")
+    assert not machine.kubelet.containers()
+    assert listed(machine.kubelet) == {}
+    machine.bind("next", gpus=4)
+    machine.cluster.wait_phase("next", "Running")
+
+
+def test_deleted_pod_leaves_the_api_after_its_containers(machine: Machine) -> None:
+    machine.bind("deleted")
+    machine.cluster.wait_phase("deleted", "Running")
+    machine.cluster.delete_pod("deleted")
+    machine.cluster.wait_gone("deleted")
+    assert not machine.kubelet.containers()
+    assert kinds(machine.kubelet.events()) == ["started", "ended"]
+
+
+@pytest.mark.parametrize("machine", [{"end_within_seconds": 5.0}], indirect=True)
+def test_pod_deleted_by_force_is_forgotten_before_its_containers_end(machine: Machine) -> None:
+    """Upstream's kubelet gives the devices of such a pod away at once (kubernetes issue 104824)."""
+    machine.bind("forced")
+    machine.cluster.wait_phase("forced", "Running")
+    machine.cluster.delete_pod("forced", grace_seconds=0)
+    machine.cluster.wait_for(lambda: not listed(machine.kubelet), "PodResources to forget the pod")
+    machine.cluster.wait_for(lambda: not machine.kubelet.containers(), "its container to end")
+
+
+def test_container_of_a_pod_that_went_while_the_kubelet_was_down_ends(machine: Machine) -> None:
+    machine.bind("orphan")
+    machine.cluster.wait_phase("orphan", "Running")
+    machine.kubelet.kill()
+    machine.cluster.delete_pod("orphan", grace_seconds=0)
+    machine.cluster.wait_gone("orphan")
+    assert len(machine.kubelet.containers()) == 1
+    machine.kubelet.restart()
+    machine.cluster.wait_for(lambda: not machine.kubelet.containers(), "the orphan to end")
+
+
+def kinds(events: Iterable[ContainerEvent]) -> list[str]:
+    """What happened, in order."""
+    return [event.event for event in events]
