@@ -19,10 +19,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from app.errors import Conflict, KubeError, NotFound, Refused
+from app.handing import Handing
 from app.kube import Kube
 from app.ledger import Hold, Ledger, Phase
 from app.offers import Offers, legal
 from app.orders import Orders
+from app.refusals import Refusals
 from app.schedule import Schedule
 from app.settings import Settings
 from app.translate import (
@@ -66,6 +68,8 @@ class Extender:
         ledger: Ledger,
         offers: Offers,
         orders: Orders,
+        handing: Handing,
+        refusals: Refusals,
         truth: Truth,
         schedule: Schedule,
         kube: Kube | None,
@@ -77,6 +81,8 @@ class Extender:
         self._ledger = ledger
         self._offers = offers
         self._orders = orders
+        self._handing = handing
+        self._refusals = refusals
         self._truth = truth
         self._schedule = schedule
         self._kube = kube
@@ -105,6 +111,9 @@ class Extender:
         fitting = self._offers.fitting(pod.ask, args.names, self._until_deadline())
         if fitting is None:
             return Filtered(error=f"filter took longer than {self._settings.cycle_deadline_seconds} s; ask again")
+        refused = self._refusals.on(pod.ask)
+        if refused:
+            fitting = [name for name in fitting if name not in refused]
         result = self._explained(pod.ask, args.names, fitting)
         if result.error:
             return result
@@ -127,7 +136,7 @@ class Extender:
             counted += Counter(head(reason) for reason in reasons.values()).most_common()
         parts = [f"{count} node{'s' if count != 1 else ''}: {reason}" for reason, count in counted[:REASONS_KEPT]]
         more = len(counted) - REASONS_KEPT
-        detail = self._offers.refusal(demand, nearest).reason
+        detail = self._why_not(demand, nearest, self._refusals.on(demand)).reason
         example = f" (on {nearest}: {detail})" if detail != head(detail) else ""
         return "; ".join(parts) + (f"; and {more} other reasons" if more > 0 else "") + example
 
@@ -145,14 +154,21 @@ class Extender:
         unresolvable: dict[str, str] = {}
         go_on = self._until_deadline()
         brief = len(names) - len(fits) > DETAILED_NODES
+        refused = self._refusals.on(demand)
         for position, name in enumerate(names):
             if name in fits:
                 continue
             if position % LOOK_EVERY == 0 and not go_on():
                 return Filtered(error=f"filter took longer than {self._settings.cycle_deadline_seconds} s")
-            refusal = self._offers.refusal(demand, name)
+            refusal = self._why_not(demand, name, refused)
             (failed if refusal.resolvable else unresolvable)[name] = head(refusal.reason) if brief else refusal.reason
         return Filtered(fitting, failed, unresolvable)
+
+    def _why_not(self, demand: Demand, name: str, refused: Mapping[str, str]) -> Refusal:
+        """Why this node does not fit. Where its kubelet has refused the like, room that is made may mend it."""
+        if name in refused and not self._offers.fault(name):
+            return Refusal(refused[name], resolvable=True)
+        return self._offers.refusal(demand, name)
 
     # -- prioritize -----------------------------------------------------------------------------------
 
@@ -202,8 +218,11 @@ class Extender:
         if not pod.ask.takes_devices:
             return dict(args.victims)
         demand = pod.ask
+        refused = self._refusals.on(demand)
         return {
-            node: victims for node, victims in args.victims.items() if self._offers.without(demand, node, victims.uids)
+            node: victims
+            for node, victims in args.victims.items()
+            if node not in refused and self._offers.without(demand, node, victims.uids)
         }
 
     def _pod(self, json: Json) -> Pod | NotNow:
@@ -237,6 +256,10 @@ class Extender:
         self._binds[args.pod.uid] = (args.node, task)
         task.add_done_callback(lambda _: self._binds.pop(args.pod.uid, None))
         return await asyncio.shield(task)
+
+    def is_binding(self, uid: str) -> bool:
+        """Whether a bind of this pod is being made now."""
+        return uid in self._binds
 
     async def _bind_and_settle(self, args: BindArgs) -> str:
         """Whatever is left assumed by a bind that was not made must be settled."""
@@ -283,21 +306,41 @@ class Extender:
             return ""
         try:
             async with asyncio.timeout(self._left(latest)):
-                uuids = await self._orders.made(pod.ref.uid, devices)
-                if isinstance(uuids, Refusal):
-                    return self._not_made(pod, devices, uuids, promised_before=promised_before)
+                return await self._bind_to(self._kube, pod, devices, term, latest, promised_before=promised_before)
+        except (KubeError, TimeoutError) as error:
+            return f"it is not known whether {pod.ref} was bound: {error}"
+
+    async def _bind_to(
+        self, kube: Kube, pod: Pod, placement: Placement, term: int, latest: float, *, promised_before: bool
+    ) -> str:
+        """Its slices, its annotation, its Binding; begun anew where its devices are exchanged for others meanwhile."""
+        while True:
+            uuids = await self._orders.made(pod.ref.uid, placement)
+            exchanged = self._exchanged(pod.ref, placement)
+            if exchanged is None and isinstance(uuids, Refusal):
+                return self._not_made(pod, placement, uuids, promised_before=promised_before)
+            if exchanged is None and not isinstance(uuids, Refusal):
                 try:
-                    version = await self._write(self._kube, pod.ref, devices, uuids, latest)
+                    version = await self._write(kube, pod.ref, placement, uuids, latest)
                 except Refused as error:
                     # Nothing was written by this call. An earlier one may have a Binding under way, and is settled.
                     if not promised_before:
                         self._ledger.forget(pod.ref.uid)
                     return f"the placement could not be written to {pod.ref}: {error}"
-                if self._clock() >= latest or self._term() != term or not self._still_ours(pod.ref, devices):
-                    return f"no time was left to bind {pod.ref} after its placement had been written, or it had changed"
-                return await self._create_binding(self._kube, pod.ref, devices.node, version, latest)
-        except (KubeError, TimeoutError) as error:
-            return f"it is not known whether {pod.ref} was bound: {error}"
+                exchanged = self._exchanged(pod.ref, placement)
+            if exchanged is not None:
+                placement = exchanged
+                continue
+            if self._clock() >= latest or self._term() != term or not self._still_ours(pod.ref, placement):
+                return f"no time was left to bind {pod.ref} after its placement had been written, or it had changed"
+            return await self._create_binding(kube, pod.ref, placement.node, version, latest)
+
+    def _exchanged(self, pod: PodRef, placement: Placement) -> Placement | None:
+        """What the pod is promised now, if that is other devices of the same node."""
+        hold = self._ledger.get(pod.uid)
+        if hold is None or hold.phase is not Phase.ASSUMED or hold.node != placement.node:
+            return None
+        return Placement(hold.node, hold.devices, hold.prices) if hold.devices != placement.devices else None
 
     def _not_made(self, pod: Pod, placement: Placement, why: Refusal, *, promised_before: bool) -> str:
         """Its slices were not made: nothing was written by this call, so the devices are free again.
@@ -308,6 +351,7 @@ class Extender:
             self._ledger.forget(pod.ref.uid)
         self._offers.refresh(now=self._clock())
         self._orders.refresh([placement.node])
+        self._handing.refresh([placement.node])
         self._truth.made_room(placement.node)
         self._refused(pod, why.reason)
         return why.reason
@@ -330,6 +374,9 @@ class Extender:
         hold = self._ledger.get(pod.ref.uid)
         if hold is not None and hold.phase is Phase.ASSUMED and hold.node == node:
             return self._again(hold)
+        refused = self._refusals.on(demand)
+        if node in refused:
+            return Refusal(refused[node])
         best = self._offers.best(demand, node, uid=pod.ref.uid)
         if isinstance(best, Refusal):
             return best
@@ -338,6 +385,7 @@ class Extender:
         if refusal is not None:
             return refusal
         self._schedule.use(demand, node)
+        self._handing.refresh([node])  # on its way to the agent before the kubelet can hear of the pod
         return best
 
     def _again(self, hold: Hold) -> Placement | Refusal:

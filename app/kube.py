@@ -114,6 +114,10 @@ class Kube(Protocol):
         """Whose token it is, if it is one for that audience."""
         ...
 
+    async def create_event(self, namespace: str, event: Json) -> None:
+        """A new Event (events.k8s.io/v1)."""
+        ...
+
     async def close(self) -> None:
         """Close every connection."""
         ...
@@ -245,6 +249,10 @@ class ApiServer:
             "spec": {"token": token, "audiences": [audience]},
         }
         return _reviewed(await self._json("POST", "/apis/authentication.k8s.io/v1/tokenreviews", body=body, timeout=5))
+
+    async def create_event(self, namespace: str, event: Json) -> None:
+        """A new Event."""
+        await self._json("POST", f"/apis/events.k8s.io/v1/namespaces/{namespace}/events", body=event, timeout=5)
 
     async def close(self) -> None:
         """Close every connection."""

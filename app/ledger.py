@@ -9,6 +9,7 @@ What stands behind it:
 
 * A proposal is soft: it never refuses anybody, it only makes others look elsewhere first.
 * ASSUMED: a bind is being made, or was made with an unknown outcome. Nothing but a definite answer ends it.
+* ASSUMED and HELD may get other devices (`move`): a kubelet chooses in the end, and what containers have is the truth.
 * HELD: seen bound on the API server (or bound by us). Its devices may be unknown (a pod that was there before
   us): then `devices` is empty and whoever offers that node must keep back whatever could be its device.
 * LEAVING: the pod is gone from the API server, but its devices have not been seen idle yet.
@@ -179,6 +180,12 @@ class Ledger:
         hold = self._holds.get(uid)
         if hold is not None and hold.unknown:
             self._put(replace(hold, devices=tuple(sorted(devices, key=str))))
+
+    def move(self, uid: str, devices: tuple[Device, ...]) -> None:
+        """A pod has these devices instead: its containers do, or an exchange was checked for all who take part."""
+        hold = self._holds.get(uid)
+        if hold is not None and hold.firm:
+            self._put(replace(hold, devices=devices))
 
     def forget(self, uid: str) -> None:
         """The bind was definitely not made: the devices are free again."""

@@ -47,6 +47,15 @@ class Metrics:
             buckets=BUCKETS,
             registry=self.registry,
         )
+        self.handed = Counter(
+            "tangram_handed", "Containers by how they came by their devices", ["how"], registry=self.registry
+        )
+        self.matching = Counter(
+            "tangram_matching", "Containers by the rule that told whose they are", ["rule"], registry=self.registry
+        )
+        self.exchanges = Counter(
+            "tangram_exchanges", "Exchanges of placements by outcome", ["outcome"], registry=self.registry
+        )
         self.wakes = Counter("tangram_wakes", "Nodes touched to wake refused pods", registry=self.registry)
         self.registry.register(_Now(gauges))
 
@@ -55,6 +64,10 @@ class Metrics:
         """Count the time of one request."""
         with self.seconds.labels(verb).time():
             yield
+
+    def count(self, name: str, label: str, number: int) -> None:
+        """Count what `handing` sees: containers by how and by rule, exchanges by outcome."""
+        {"handed": self.handed, "matching": self.matching, "exchanges": self.exchanges}[name].labels(label).inc(number)
 
     def slices_waited(self, made: bool, seconds: float) -> None:
         """Count a wait for slices."""

@@ -1,5 +1,7 @@
 """What each node's agent shall change: MIG slices to make and to remove, MIG modes to switch. Decision 0007.
 
+An agent's held request is answered here for both of its lists: this one, and `handing`'s placements.
+
     ledger + report ──refresh()──▶ OrderList (its version grows when it changes)
                                      │  listen(): the agent's held request
                                      ▼
@@ -19,7 +21,19 @@ from typing import TypeVar
 from app.inventory import Entry, Inventory
 from app.ledger import Ledger, Phase
 from app.offers import Offers
-from app.report import Failed, Gpu, Listening, Make, NodeReport, OrderList, OrdersReply, SliceAt, Switch, Unchanged
+from app.report import (
+    Failed,
+    Gpu,
+    Listening,
+    Make,
+    NodeReport,
+    OrderList,
+    OrdersReply,
+    Placements,
+    SliceAt,
+    Switch,
+    Unchanged,
+)
 from app.translate import profile_as_asked
 from solver import Device, Geometry, Placement, Refusal, Slice
 from solver.cluster import devices_of
@@ -86,6 +100,7 @@ class Orders:
         service: str,
         ready: Callable[[], bool],
         beat: Callable[[Unchanged], bool],
+        placements: Callable[[str], Placements | None],
         waited: Callable[[bool, float], None],
         clock: Callable[[], float],
         slice_seconds: float,
@@ -99,6 +114,7 @@ class Orders:
         self._service = service
         self._ready = ready
         self._beat = beat
+        self._placements = placements
         self._waited = waited
         self._clock = clock
         self._slice_seconds = slice_seconds
@@ -120,10 +136,9 @@ class Orders:
             return OrdersReply(resend=True, service=self._service)
         while True:
             desk = self._desks.get(said.node)
-            if desk is not None and self._ready() and self._is_news(desk.orders, said):
-                desk.sent_at = self._clock()
-                desk.due = self._next_due(desk)
-                return OrdersReply(service=self._service, orders=desk.orders)
+            reply = self._news(desk, said) if self._ready() else None
+            if reply is not None:
+                return reply
             left = latest - self._clock()
             if left <= 0:
                 return OrdersReply(service=self._service)
@@ -131,8 +146,27 @@ class Orders:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(desk.news.wait(), left)
 
-    def _is_news(self, orders: OrderList, said: Listening) -> bool:
-        return orders.version > 0 and (said.service, said.orders) != (self._service, orders.version)
+    def _news(self, desk: Desk | None, said: Listening) -> OrdersReply | None:
+        """The lists that the agent does not have; None where there is none."""
+        orders = desk.orders if desk is not None and self._is_news(desk.orders, said, said.orders) else None
+        placements = self._placements(said.node)
+        if placements is not None and not self._is_news(placements, said, said.placements):
+            placements = None
+        if orders is not None and desk is not None:
+            desk.sent_at = self._clock()
+            desk.due = self._next_due(desk)
+        if orders is None and placements is None:
+            return None
+        return OrdersReply(service=self._service, orders=orders, placements=placements)
+
+    def _is_news(self, listed: OrderList | Placements, said: Listening, has: int) -> bool:
+        return listed.version > 0 and (said.service, has) != (self._service, listed.version)
+
+    def wake(self, name: str) -> None:
+        """There is other news for this node's agent."""
+        desk = self._desks.get(name)
+        if desk is not None:
+            self._wake(desk)
 
     def reported(self, report: NodeReport) -> None:
         """A full report has been taken: what it acknowledges is certain, what failed in it is kept back."""

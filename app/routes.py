@@ -18,16 +18,17 @@ from starlette.requests import ClientDisconnect
 
 from app import wire
 from app.errors import BadInput, KubeError
-from app.report import Listening, NodeReport, OrdersReply, ReportReply, Unchanged
+from app.report import Exchange, ExchangeReply, Listening, NodeReport, OrdersReply, ReportReply, Unchanged
 from app.service import Service
 from app.trust import Distrust, Trust
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Said = TypeVar("Said", NodeReport | Unchanged, Listening)
+Said = TypeVar("Said", NodeReport | Unchanged, Listening, Exchange)
 
 ORDERS_LIMIT_BYTES = 16 << 10  # a request for orders is a few names and numbers
+EXCHANGE_LIMIT_BYTES = 64 << 10  # two lists of 64 devices at most
 
 PAGE_FILES = {
     "/": ("index.html", "text/html"),
@@ -100,7 +101,10 @@ def extender_routes(service: Service) -> APIRouter:
 
 
 def agent_routes(service: Service, trust: Trust, *, closing: asyncio.Event) -> APIRouter:
-    """What agents call. Their held requests end when the caller leaves or `closing` is set."""
+    """What agents call. Their held requests end when the caller leaves or `closing` is set.
+
+    An exchange is carried out to its end whether its caller still waits or not: it will ask again.
+    """
     router = APIRouter()
     reports, listens = service.metrics.reports, service.metrics.listens
     limit = service.settings.report_limit_bytes
@@ -114,16 +118,22 @@ def agent_routes(service: Service, trust: Trust, *, closing: asyncio.Event) -> A
         reports.labels("full").inc()
         return ReportReply(resend=not service.report(report), service=service.id)
 
-    @router.post("/v1/orders")
-    async def hand_out_orders(request: Request) -> OrdersReply:
+    @router.post("/v1/orders", response_model=OrdersReply)
+    async def hand_out_orders(request: Request) -> Response:
         listening = await _said(request, read_listening, limit=ORDERS_LIMIT_BYTES, trust=trust, counter=listens)
         with service.metrics.held.track_inprogress():
             reply = await _held(request, service.orders.listen(listening), closing=closing)
         if reply is None:
             listens.labels("ended").inc()
             raise HTTPException(503, "the service is stopping, or you were gone before there was an answer")
-        listens.labels("orders" if reply.orders is not None else "resend" if reply.resend else "nothing").inc()
-        return reply
+        listens.labels(_brought(reply)).inc()
+        return _json(reply.model_dump_json().encode())  # once: a node may have many pods
+
+    @router.post("/v1/exchange")
+    async def exchange(request: Request) -> ExchangeReply:
+        counter = service.metrics.exchanges
+        asked = await _said(request, read_exchange, limit=EXCHANGE_LIMIT_BYTES, trust=trust, counter=counter)
+        return await service.handing.exchange(asked)
 
     return router
 
@@ -229,6 +239,14 @@ def read_listening(body: bytes) -> Listening:
         raise _first_fault(error, "the request for orders") from None
 
 
+def read_exchange(body: bytes) -> Exchange:
+    """An agent's wish for an exchange. Raises BadInput naming the first field that is wrong."""
+    try:
+        return Exchange.model_validate(_value(body, "the request for an exchange"))
+    except ValidationError as error:
+        raise _first_fault(error, "the request for an exchange") from None
+
+
 def _value(body: bytes, what: str) -> object:
     try:
         return orjson.loads(body)
@@ -294,6 +312,14 @@ def _guarded(verb: str, call: Callable[[], T], failed: Callable[[str], T]) -> T:
     except Exception as crash:
         log.exception("%s", verb)
         return failed(f"a fault inside Tangram: {type(crash).__name__}")
+
+
+def _brought(reply: OrdersReply) -> str:
+    if reply.orders is not None:
+        return "orders"
+    if reply.placements is not None:
+        return "placements"
+    return "resend" if reply.resend else "nothing"
 
 
 def _kind(result: wire.Filtered) -> str:

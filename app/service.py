@@ -3,6 +3,7 @@
 watch pods, watch nodes ─▶ truth ─▶ ledger          lease: one holder serves
 chores: twice a second settle what left, look for stale nodes, settle orphans, wake refused pods
 orders: what agents shall change of their MIG slices and modes; reports say what has come of it
+handing: which pod gets which device, told to agents before the bind; what containers really have is the truth
 planner: what is pending ─▶ a process of its own ─▶ schedule ─▶ prioritize
 """
 
@@ -13,7 +14,9 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 
 from app.errors import BadInput, KubeError
+from app.events import Events
 from app.extender import Extender
+from app.handing import Handing
 from app.hosts import Amount, Hosts
 from app.inventory import Inventory, Ownership, profiles_in
 from app.kube import Event, Kube, Listed
@@ -25,6 +28,7 @@ from app.modes import Modes
 from app.offers import Offers
 from app.orders import Orders
 from app.planner import Planner
+from app.refusals import Refusals
 from app.report import NodeReport, Unchanged
 from app.schedule import Schedule
 from app.settings import Settings
@@ -66,7 +70,8 @@ class Service:
         self.inventory = Inventory(stale_seconds=settings.stale_seconds)
         self.hosts = Hosts()
         self.offers = Offers(self.inventory, self.ledger, self.hosts, policy=DEFAULT_POLICY)
-        self.truth = Truth(self.ledger, self.inventory, self.hosts, clock=clock)
+        self.refusals = Refusals(self.inventory, clock=clock, seconds=settings.refused_seconds)
+        self.truth = Truth(self.ledger, self.inventory, self.hosts, self.refusals, clock=clock)
         self.orders = Orders(
             self.ledger,
             self.inventory,
@@ -74,6 +79,7 @@ class Service:
             service=self.id,
             ready=lambda: not self.waiting_for(),
             beat=self.beat,
+            placements=lambda name: self.handing.placements_of(name),
             waited=lambda made, seconds: self.metrics.slices_waited(made, seconds),
             clock=clock,
             slice_seconds=settings.slice_seconds,
@@ -81,6 +87,22 @@ class Service:
             retry_seconds=settings.order_retry_seconds,
             stale_seconds=settings.stale_seconds,
         )
+        self.handing = Handing(
+            self.ledger,
+            self.inventory,
+            self.offers,
+            self.truth,
+            kube,
+            service=self.id,
+            can_switch=settings.mig_modes,
+            not_ready=self.waiting_for,
+            wake=self.orders.wake,
+            order=self.orders.refresh,
+            binding=lambda uid: self.extender.is_binding(uid),
+            count=lambda name, label, number: self.metrics.count(name, label, number),
+            term=self._current_term,
+        )
+        self.events = Events(instance=settings.identity)
         self.modes = Modes(self.ledger, self.inventory, self.offers, self.orders, self.truth, clock=clock)
         self.views = Views(self.ledger, self.inventory, self.offers, self.orders, self.truth, clock=clock)
         self.metrics = Metrics(self._gauges)
@@ -106,6 +128,8 @@ class Service:
             ledger=self.ledger,
             offers=self.offers,
             orders=self.orders,
+            handing=self.handing,
+            refusals=self.refusals,
             truth=self.truth,
             schedule=self.schedule,
             kube=kube,
@@ -128,6 +152,7 @@ class Service:
         loops = [self._do_chores()]
         if self.kube is not None and self.lease is not None:
             loops += [self.lease.run(), self._rebuild(), self._wake(self.kube), self._name_slices(self.kube)]
+            loops += [self._write_placements(), self._tell_refusals(self.kube)]
         if self.planner is not None:
             loops.append(self.planner.run())
         self._tasks = [asyncio.create_task(loop) for loop in loops]
@@ -260,10 +285,14 @@ class Service:
         return True
 
     def _order(self) -> None:
-        """Make the order lists of changed nodes anew; what changed before we were ready is kept until then."""
+        """Follow what was handed on changed nodes, and make their lists anew; what changed before we were ready is
+        kept until then."""
         if not self.waiting_for():
             self.offers.refresh(now=self.clock())
-            self.orders.refresh(self.offers.drain_looked_at())
+            changed = self.offers.drain_looked_at()
+            self.handing.refresh(changed)
+            self.offers.refresh(now=self.clock())
+            self.orders.refresh(changed | self.offers.drain_looked_at())
 
     def _sharing(self, name: str) -> set[str]:
         """The nodes that report some GPU of this node as theirs (after a renaming, say)."""
@@ -341,7 +370,7 @@ class Service:
             now = self.clock()
             self.ledger.expire(before=now - self.settings.proposal_seconds)
             self.truth.settle()
-            for name in self.offers.sweep(now=now):
+            for name in (*self.offers.sweep(now=now), *self.refusals.sweep()):
                 self.truth.made_room(name)
             self.offers.refresh(now=now)
             if not self.waiting_for():
@@ -364,6 +393,7 @@ class Service:
                 self.inventory.owned(name, Ownership())
                 self.offers.forget(name)
                 self.orders.forget(name)
+                self.handing.forget(name)
                 for other in shared - {name}:
                     self.offers.touch(other)
 
@@ -404,6 +434,24 @@ class Service:
                     log.info("%s has new MIG devices: %s", ref, text)
                 except KubeError as error:
                     log.warning("cannot write the new MIG devices of %s: %s", ref, error)
+
+    async def _write_placements(self) -> None:
+        """Write the placements of pods that were given other devices, until their annotations say so."""
+        while True:
+            await asyncio.sleep(self.settings.wake_seconds)
+            await self.handing.write_all()
+
+    async def _tell_refusals(self, kube: Kube) -> None:
+        """Say on pods that their kubelet refused why that was, in an Event."""
+        while True:
+            await asyncio.sleep(self.settings.wake_seconds)
+            refused = self.truth.chores.refused
+            if self.waiting_for():
+                continue
+            while refused:
+                pod, words = refused.popitem()
+                self.events.tell(pod, reason="KubeletRefused", action="Admitting", words=words)
+            await self.events.write(kube)
 
     def _uuids_on(self, name: str) -> Mapping[Device, str]:
         entry = self.inventory.get(name)
@@ -448,6 +496,15 @@ class Service:
             yield "tangram_value_tables", "Geometries with a value table", {"now": len(self.planner.tables)}
         yield "tangram_orders", "What agents are told to change and have not yet", self.orders.counts()
         yield "tangram_orders_failed", "Orders that agents could not carry out", {"total": self.orders.failed_count}
+        differ = self.handing.differences()
+        yield "tangram_devices_differ", "Where what containers have is not what is counted or promised", differ
+        yield (
+            "tangram_devices_followed",
+            "Times the ledger followed what a container really had",
+            {"total": float(self.handing.followed)},
+        )
+        refusals = {"total": float(self.refusals.count)}
+        yield "tangram_kubelet_refusals", "Pods that their kubelet refused to run", refusals
         yield "tangram_ready", "1 when ready", {"now": float(not self.waiting_for())}
         yield (
             "tangram_rows_updated",

@@ -111,6 +111,12 @@ class Settings(BaseSettings):
         default=False,
         description="switch the MIG mode of idle GPUs that do it without a reset (Hopper and later) where that helps",
     )
+    refused_seconds: float = Field(
+        default=30.0,
+        ge=0,
+        description="a node whose kubelet has refused a pod is not offered for a like ask for so long, and until its "
+        "agent has reported again; doubled each time up to 10 minutes, forgotten after a success",
+    )
     orphan_seconds: float = Field(
         default=20.0,
         gt=0,

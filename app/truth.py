@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from app.hosts import NONE, Amount, Hosts
 from app.inventory import Entry, Inventory
 from app.ledger import Hold, Ledger, Phase
+from app.refusals import Refusals
 from app.translate import DEFAULT_GRACE_SECONDS, Json, Malformed, Pod, PodRef, Written, pod_of
 from solver import Demand, Device
 from solver.cluster import GPU_MILLI
@@ -39,11 +40,12 @@ class Chores:
     """Work for somebody who may do I/O.
 
     `room`: nodes where room was made that no pod-delete event announces. `settle`: unbound pods that carry a
-    placement which we did not write.
+    placement which we did not write. `refused`: pods that their kubelet refused, with its words.
     """
 
     room: set[str] = field(default_factory=set)
     settle: dict[str, PodRef] = field(default_factory=dict)
+    refused: dict[PodRef, str] = field(default_factory=dict)
 
 
 class Truth:
@@ -54,6 +56,7 @@ class Truth:
         ledger: Ledger,
         inventory: Inventory,
         hosts: Hosts,
+        refusals: Refusals,
         *,
         clock: Callable[[], float],
         most_waiting: int = 20_000,
@@ -61,6 +64,7 @@ class Truth:
         self._ledger = ledger
         self._inventory = inventory
         self._hosts = hosts
+        self._refusals = refusals
         self._clock = clock
         self._most_waiting = most_waiting
         self.pods: dict[str, Pod] = {}
@@ -78,6 +82,8 @@ class Truth:
         """Names of the schedulers that have asked us about pods."""
         self.unexplained: dict[str, str] = {}
         """UIDs of pods whose placement annotation we cannot explain, with what is wrong with it."""
+        self._told: set[str] = set()
+        """UIDs of pods whose devices are known better than from their annotation: it is old, or they have none."""
         self._reported: set[str] = set()
         self._ending: dict[str, float] = {}
         """When pods that are being deleted were first seen so: the kubelet ends them a grace time later at most."""
@@ -105,12 +111,30 @@ class Truth:
             self._ending.setdefault(uid, self._clock())
         if pod.node:
             self.waiting.pop(uid, None)
+        self._note_kubelet(pod, known)
         if pod.finished:
             self._release(uid)
         elif pod.node:
             self._bound(pod)
         else:
             self._unbound(pod)
+
+    def _note_kubelet(self, pod: Pod, known: Pod | None) -> None:
+        """What its kubelet has just decided about it. Of what it decided before our time nothing follows."""
+        hold = self._ledger.get(pod.ref.uid)
+        if hold is None or not hold.firm or hold.node != pod.node:
+            return
+        if pod.refused:
+            log.warning("the kubelet of %s refused %s: %s", pod.node, pod.ref, pod.refused)
+            self._refusals.refused(hold.demand, pod.node, pod.refused)
+            self.chores.refused[pod.ref] = pod.refused
+        elif pod.admitted and known is not None and not known.admitted:
+            self._refusals.accepted(hold.demand, pod.node)
+
+    def devices_told(self, uid: str) -> None:
+        """Which devices this pod has is known from its node, or was changed just now: its annotation says no better."""
+        self._told.add(uid)
+        self.unexplained.pop(uid, None)
 
     def asked_about(self, pod: Pod) -> None:
         """A kube-scheduler has asked us about this pod, so it asks us about all that chose it."""
@@ -140,6 +164,7 @@ class Truth:
         self._hosts.pod_requests(uid, "", NONE)
         self.waiting.pop(uid, None)
         self.unexplained.pop(uid, None)
+        self._told.discard(uid)
         ending = self._ending.pop(uid, None)
         if announced:
             self._gone[uid] = None
@@ -190,7 +215,8 @@ class Truth:
                 self._ledger.restore(replace(hold, phase=Phase.HELD, since=self._clock()))
             if same:
                 self.unexplained.pop(pod.ref.uid, None)
-            elif pod.ref.uid not in self.unexplained:
+                self._told.discard(pod.ref.uid)
+            elif pod.ref.uid not in self.unexplained and pod.ref.uid not in self._told:
                 self._doubt(pod, "its placement annotation is not what Tangram wrote")
             return
         explained = self._explained(pod)
@@ -287,6 +313,7 @@ class Truth:
     def _release(self, uid: str) -> None:
         hold = self._ledger.get(uid)
         self.unexplained.pop(uid, None)
+        self._told.discard(uid)
         if hold is not None:
             self._ledger.release(uid)
             if hold.firm and self._just_refused():
@@ -351,8 +378,9 @@ class Truth:
                 if entry is None or pod is None or hold.phase is not Phase.HELD:
                     continue
                 now = {str(device): entry.uuids[device] for device in hold.devices if device in entry.uuids}
-                if now and pod.written is None:
-                    again.add(name)  # bound just now: its placement is still to be seen
+                told = hold.pod.uid in self._told
+                if now and (told if pod.written is not None else not told):
+                    again.add(name)  # bound or exchanged just now: its placement is still to be seen
                 if not isinstance(pod.written, Written) or not now or now == dict(pod.written.uuids):
                     continue
                 if set(pod.written.devices) == set(hold.devices):

@@ -39,6 +39,7 @@ class FakeKube:
         self.objects: dict[str, dict[str, Json]] = {"pods": {}, "nodes": {}, "leases": {}}
         self.history: list[tuple[int, str, str, Json]] = []
         self.tokens: dict[str, Reviewed] = {}
+        self.events: list[Json] = []
         self.version = 1
         self.oldest = 0
         self.calls: list[str] = []
@@ -178,6 +179,12 @@ class FakeKube:
             if known is None or audience not in known.audiences:
                 return Reviewed(False, error="invalid bearer token")
             return known
+
+    async def create_event(self, namespace: str, event: Json) -> None:
+        async with self._around("create_event", 5):
+            if event["regarding"]["namespace"] != namespace or event["metadata"]["namespace"] != namespace:
+                raise Refused("metadata.namespace: does not match regarding.namespace")
+            self.events.append(copy.deepcopy(event))
 
     async def close(self) -> None:
         self.calls.append("close")

@@ -336,14 +336,14 @@ def test_the_public_listener_takes_no_reports_in_kubernetes(agents):
     """Tokens must not travel in the clear."""
     public = public_app(agents.service, trust_of(agents.service), closing=agents.closing)
     assert "/v1/cluster" in paths(public)
-    assert not paths(public) & {"/v1/reports", "/v1/orders"}
-    assert paths(agents.app) == {"/v1/reports", "/v1/orders"}
+    assert not paths(public) & {"/v1/reports", "/v1/orders", "/v1/exchange"}
+    assert paths(agents.app) == {"/v1/reports", "/v1/orders", "/v1/exchange"}
 
 
 async def test_unauthenticated_agents_are_believed_everywhere_and_that_is_said():
     agents = Agents(unauthenticated_agents=True)
     public = public_app(agents.service, trust_of(agents.service), closing=agents.closing)
-    assert paths(public) >= {"/v1/reports", "/v1/orders"}
+    assert paths(public) >= {"/v1/reports", "/v1/orders", "/v1/exchange"}
     assert (await agents.post("/v1/reports", full_report("n2"), token=None)).status_code == 200
     async with httpx.AsyncClient(transport=httpx.ASGITransport(public), base_url="http://public") as client:
         warnings = (await client.get("/readyz")).json()["warnings"]
