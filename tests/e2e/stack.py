@@ -38,7 +38,8 @@ from app.simulate import report_of
 from app.trust import AUDIENCE
 from solver import Node
 from tests.e2e.cluster import SCHEDULER, Cluster, free_port, open_cluster
-from tests.e2e.nodes import KubernetesObject, gpu_node, gpu_pod
+from tests.e2e.kubelet import Kubelet, Policy
+from tests.e2e.nodes import KubernetesObject, gpu_node, gpu_pod, kubelet_node
 from tests.fake_nvml.describe import NodeDescription, Process, describe
 from tests.fake_nvml.fleet import Fleet
 
@@ -123,8 +124,11 @@ class Stack:
         gateways: bool = False,
         service: bool = True,
         port: int = 0,
+        kubelets: Sequence[Policy] = (),
     ) -> None:
-        """`form` is which shipped kube-scheduler configuration runs (None: none is started).
+        """`kubelets`: real device managers on all nodes, with these topology policies in turn; else KWOK plays kubelet.
+
+        `form` is which shipped kube-scheduler configuration runs (None: none is started).
 
         `gateways` puts a TCP relay before the API server (for the service only), before the service's agents'
         and before its extender listener, so that a test can cut and turn connections. `port` is the
@@ -138,6 +142,9 @@ class Stack:
         self._with_service = service
         self._with_gateways = gateways
         self._port = port
+        self._policies = tuple(kubelets)
+        self.kubelets: dict[str, Kubelet] = {}
+        """By node, where they are real."""
         self._closing = contextlib.ExitStack()
 
     @property
@@ -172,7 +179,8 @@ class Stack:
         self.cluster: Cluster = self._closing.enter_context(open_cluster())
         self.namespace, self.account = self._apply_manifests()
         self.certificates = self._make_certificates()
-        self.cluster.add_nodes(kubernetes_node(node) for node in self.nodes)
+        bare = bool(self._policies)
+        self.cluster.add_nodes(kubelet_node(node.name) if bare else kubernetes_node(node) for node in self.nodes)
         if self._with_gateways:
             self.api_gateway = self._closing.enter_context(Gateway(_port_of(self.cluster.api_url)))
             self.agents_gateway = self._closing.enter_context(Gateway())
@@ -181,6 +189,8 @@ class Stack:
         first = self.add_service(SERVICE, start=False, port=self._port)
         if self._with_gateways:
             self.turn_to(first)
+        if self._policies:
+            self._start_kubelets()
         self.agents = self._make_agents(self, self._agents_url(first))
         self._closing.callback(self.agents.stop)
         if self._with_service:
@@ -191,6 +201,18 @@ class Stack:
             self.wait_reported()
         if self.form is not None:
             self.start_scheduler(self.form)
+
+    def _start_kubelets(self) -> None:
+        for number, node in enumerate(self.nodes):
+            kubelet = Kubelet(
+                self.cluster.processes,
+                node.name,
+                self.cluster.kubeconfig,
+                policy=self._policies[number % len(self._policies)],
+                numa_nodes=1 + max(gpu.numa or 0 for gpu in node.gpus),
+                seed=number,
+            )
+            self.kubelets[node.name] = self._closing.enter_context(kubelet)
 
     def _agents_url(self, service: Service) -> str:
         port = self.agents_gateway.port if self._with_gateways else service.port_for_agents
@@ -563,8 +585,12 @@ class RealAgents:
         patience: float,
         tokens: Callable[[str], str] | None = None,
         ca_file: Path | None = None,
+        kubelets: Mapping[str, Kubelet] | None = None,
     ) -> None:
-        """`tokens` gives a node's agent its token; without it the agents show none."""
+        """`tokens` gives a node's agent its token; without it the agents show none.
+
+        With `kubelets` the agents are these kubelets' device plugins.
+        """
         self._descriptions = {node.name: describe(node) for node in nodes}
         self._tokens = tokens
         self._token_file = directory / "{node}.token"
@@ -575,6 +601,7 @@ class RealAgents:
             patience=patience,
             token_file=self._token_file if tokens else None,
             ca_file=ca_file,
+            kubelets={name: kubelet.directory for name, kubelet in (kubelets or {}).items()},
         )
         self._next_pid = 1000
 
@@ -638,6 +665,7 @@ def real_agents(stack: Stack, url: str) -> Agents:
         directory,
         interval_seconds=stack.knobs.agent_interval_seconds,
         patience=stack.knobs.patience,
+        kubelets=stack.kubelets,
     )
     if stack.knobs.unauthenticated_agents:
         return agents()

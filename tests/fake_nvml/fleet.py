@@ -29,7 +29,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -48,7 +48,8 @@ class Fleet:
     """Simulated GPU nodes, each with a real agent. Files are under `directory`; a closed fleet leaves no process.
 
     `token_file`, `ca_file`, `mig` and `patience` are as for `tangram agent`; "{node}" in `token_file` stands for the
-    node's name. Each agent remembers in a folder of its own (`state`), and each node has its own boot id.
+    node's name. Each agent remembers in a folder of its own (`state`), and each node has its own boot id. `kubelets`
+    are the folders of the nodes' kubelets (/var/lib/kubelet on a real node): the agents are their device plugins.
     """
 
     def __init__(
@@ -61,9 +62,12 @@ class Fleet:
         ca_file: Path | None = None,
         mig: str = "make",
         patience: float = 1.0,
+        kubelets: Mapping[str, Path] | None = None,
     ) -> None:
         self._directory = directory
         self._directory.mkdir(parents=True, exist_ok=True)
+        for name, kubelet in (kubelets or {}).items():
+            _kubelet(directory, name).symlink_to(kubelet)
         self._pids: dict[str, int] = {}
         self._log = (directory / "agents.log").open("ab")
         options = ["--service", service, "--interval", str(interval_seconds), "--directory", str(directory)]
@@ -234,6 +238,14 @@ def _state(directory: Path, name: str) -> Path:
     return directory / f"{name}.state"
 
 
+def _kubelet(directory: Path, name: str) -> Path:
+    return directory / f"{name}.kubelet"
+
+
+def _cdi(directory: Path, name: str) -> Path:
+    return directory / f"{name}.cdi"
+
+
 # ---- the nursery: the process that forks ----
 
 
@@ -282,6 +294,10 @@ def _agent(name: str, directory: Path, options: argparse.Namespace) -> None:
         logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s {name} %(levelname)s %(message)s")
         token = Path(str(options.token_file).replace("{node}", name)) if options.token_file else None
         time.sleep(random.random() * min(0.5, options.interval))
+        kubelet = _kubelet(directory, name)
+        hands: dict[str, Any] = {}
+        if kubelet.exists():  # resolved, since a socket's path may have 107 characters
+            hands = {"hand": "plugin", "kubelet_dir": kubelet.resolve(), "cdi_dir": _cdi(directory, name)}
         run_agent(
             service=options.service,
             node=name,
@@ -294,6 +310,7 @@ def _agent(name: str, directory: Path, options: argparse.Namespace) -> None:
             nvml_in_process=True,
             proc=_proc(directory, name),
             sys=directory / f"{name}.sys",
+            **hands,
         )
         status = 0
     except SystemExit:
