@@ -516,5 +516,8 @@ def _facts(gpu: Gpu) -> Facts:
     """What must have changed before a GPU whose order failed is offered again."""
     if gpu.mig is None:
         return (gpu.health,)
-    instances = tuple((each.profile, each.start, each.uuid, each.pods, each.processes) for each in gpu.mig.instances)
+    instances = tuple(
+        (each.profile, each.start, each.uuid, each.pods, *(process.pid for process in each.processes))
+        for each in gpu.mig.instances
+    )
     return gpu.health, gpu.mig.enabled, gpu.mig.pending, instances
