@@ -1,0 +1,3 @@
+module tangram.gpu/tests/e2e/seen
+
+go 1.26
