@@ -210,7 +210,7 @@ class Switch(_Wire):
 
 
 class DeviceAt(_Wire):
-    """A device as it is promised: a whole GPU, a slice (`profile` by NVML's own name, `start`), or a share (`milli`)."""
+    """A device as promised: a whole GPU, a slice (`profile` by NVML's own name, `start`), or a share (`milli`)."""
 
     gpu: Uuid
     profile: Text = ""
@@ -263,7 +263,7 @@ class Exchange(_Wire):
 
 
 class ExchangeReply(_Wire):
-    """Whether the placement is now as the kubelet counts; if not, why not. `swapped`: pods that got devices in return."""
+    """Whether the placement is now as the kubelet counts; if not, why. `swapped`: pods that got devices in return."""
 
     granted: bool
     reason: Text = ""
@@ -271,9 +271,9 @@ class ExchangeReply(_Wire):
 
 
 Handing = Literal["placed", "free", "swapped", "overridden", "unplaced", "observed"]
-"""How a container came by its devices: the placed ones; after an exchange for free ones or with another pod; the placed
-ones although the kubelet counts others; those that the kubelet chose for a pod that Tangram had not placed; or by another
-device plugin, as PodResources says."""
+"""How a container came by its devices: the placed ones; after an exchange for free ones or with another pod; the
+placed ones although the kubelet counts others; those that the kubelet chose for a pod that Tangram had not placed; or
+by another device plugin, as PodResources says."""
 
 
 class Handed(_Wire):
