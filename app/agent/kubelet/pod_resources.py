@@ -1,0 +1,90 @@
+"""What the kubelet says its pods have: PodResources v1. Reading only.
+
+It lists the pods that the node runs or is about to, by name (not by UID), and of each container the device ids that it
+counts for it. A connection per question: questions are rare, and no kept one has to find a restarted kubelet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+from app.agent.kubelet import podresources_pb2 as api
+from app.agent.kubelet import podresources_pb2_grpc as wire
+
+TIMEOUT_SECONDS = 2.0
+"""The kubelet answers from memory."""
+LARGEST_ANSWER = 16 << 20
+"""As the kubelet's own clients allow."""
+OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", LARGEST_ANSWER))
+
+
+class KubeletSilent(Exception):
+    """The kubelet did not say what its pods have, in words."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerHas:
+    """The device ids that the kubelet counts for a container, by resource."""
+
+    name: str
+    devices: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class PodHas:
+    """A pod that the kubelet has admitted or is admitting; its containers may have nothing yet."""
+
+    namespace: str
+    name: str
+    containers: tuple[ContainerHas, ...]
+
+
+class PodResources:
+    """The kubelet's PodResources at `socket` (`…/pod-resources/kubelet.sock`)."""
+
+    def __init__(self, socket: Path, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+        self._socket = socket
+        self._timeout = timeout_seconds
+
+    async def list(self) -> tuple[PodHas, ...]:
+        """Every pod. Raises `KubeletSilent`."""
+        with self._in_words():
+            async with grpc.aio.insecure_channel(f"unix:{self._socket}", options=OPTIONS) as channel:
+                lister = wire.PodResourcesListerStub(channel)
+                return _read(await lister.List(api.ListPodResourcesRequest(), timeout=self._timeout))
+
+    def read(self) -> tuple[PodHas, ...]:
+        """The same for a thread without an event loop; it waits. Raises `KubeletSilent`."""
+        with self._in_words(), grpc.insecure_channel(f"unix:{self._socket}", options=OPTIONS) as channel:
+            lister = wire.PodResourcesListerStub(channel)
+            return _read(lister.List(api.ListPodResourcesRequest(), timeout=self._timeout))
+
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise KubeletSilent(
+                f"the kubelet does not say what its pods have ({self._socket}): {error.code().name}: {error.details()}"
+            ) from error
+
+
+def _read(answer: api.ListPodResourcesResponse) -> tuple[PodHas, ...]:
+    return tuple(
+        PodHas(pod.namespace, pod.name, tuple(_container(each) for each in pod.containers))
+        for pod in answer.pod_resources
+    )
+
+
+def _container(container: api.ContainerResources) -> ContainerHas:
+    """A resource is listed once for each of its NUMA nodes."""
+    devices: dict[str, tuple[str, ...]] = {}
+    for each in container.devices:
+        devices[each.resource_name] = devices.get(each.resource_name, ()) + tuple(each.device_ids)
+    return ContainerHas(container.name, devices)
