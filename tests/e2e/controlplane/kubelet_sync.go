@@ -156,7 +156,10 @@ func (k *kubelet) admitOne(ctx context.Context, pods arrivals, longestPause time
 	}
 	time.Sleep(k.chance.within(longestPause))
 	ok, reason, message := k.allocation.AddPod(ctx, k.pods.GetActivePods(), pod)
-	if !ok {
+	switch {
+	case ctx.Err() != nil: // we are ending: an answer that did not come is no refusal
+		return
+	case !ok:
 		k.refuse(ctx, pod, reason, message)
 		return
 	}
