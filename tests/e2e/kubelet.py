@@ -10,6 +10,7 @@ It runs no containers; what each would have got is a line in a file, which outli
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -17,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -117,6 +119,7 @@ class Kubelet:
         self._root = Path(tempfile.mkdtemp(prefix="tangram-kubelet-"))  # a socket's path may have 107 characters
         self.directory = self._root / "kubelet"
         self._out = self._root / "out"
+        self._log = self._out / "containers.jsonl"
         flags = {
             "node": node,
             "kubeconfig": kubeconfig,
@@ -130,6 +133,9 @@ class Kubelet:
             "v": 3,
         }
         self._flags = [f"--{flag}={value}" for flag, value in flags.items()]
+        self._reading = threading.Lock()
+        self._events: list[ContainerEvent] = []
+        self._read_bytes = 0
 
     @property
     def plugin_dir(self) -> Path:
@@ -142,7 +148,11 @@ class Kubelet:
         return self.directory / "pod-resources" / "kubelet.sock"
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -180,10 +190,15 @@ class Kubelet:
         shutil.rmtree(self._root, ignore_errors=True)
 
     def events(self) -> list[ContainerEvent]:
-        """Everything that happened to containers here, in order."""
-        file = self._out / "containers.jsonl"
-        written = file.read_text() if file.exists() else ""
-        return [ContainerEvent.read(line) for line in written.splitlines(keepends=True) if line.endswith("\n")]
+        """Everything that happened to containers here, in order; any thread may ask, and often."""
+        with self._reading, contextlib.suppress(FileNotFoundError), self._log.open("rb") as log:
+            log.seek(self._read_bytes)
+            for line in log:
+                if not line.endswith(b"\n"):
+                    break  # it is being written
+                self._events.append(ContainerEvent.read(line.decode()))
+                self._read_bytes += len(line)
+        return list(self._events)
 
     def containers(self) -> dict[tuple[str, str], ContainerEvent]:
         """What runs now, by pod uid and container name: how each started."""

@@ -38,6 +38,7 @@ class Plugin(service.DevicePluginServicer):
     def __init__(self, kubelet: Kubelet, numa_of: Mapping[str, int]) -> None:
         self.prefers: list[str] = []
         self.refuses = ""
+        self.preferences_asked = 0
         self.allocated: list[set[str]] = []
         self.listed_meanwhile: list[dict[str, set[str]]] = []
         """What PodResources said while each Allocate was being answered."""
@@ -90,6 +91,7 @@ class Plugin(service.DevicePluginServicer):
             yield api.ListAndWatchResponse(devices=[self._device(name) for name in self._numa_of])
 
     def GetPreferredAllocation(self, request: Any, context: Any) -> api.PreferredAllocationResponse:
+        self.preferences_asked += 1
         wanted = api.ContainerPreferredAllocationResponse(deviceIDs=self.prefers)
         return api.PreferredAllocationResponse(container_responses=[wanted])
 
@@ -217,6 +219,32 @@ def test_pod_that_cannot_be_aligned_is_failed(machine: Machine) -> None:
     machine.cluster.wait_phase("wants-two", "Running")
     (ids,) = machine.container_of("wants-two").devices.values()
     assert len({NUMA_OF[device] for device in ids}) == 1
+
+
+@pytest.mark.parametrize("machine", [{"policy": "best-effort"}], indirect=True)
+def test_plugin_is_not_asked_when_a_numa_node_has_just_enough(machine: Machine) -> None:
+    """The topology manager chooses the NUMA node; the plugin chooses among its devices, if there is a choice."""
+    machine.plugin.prefers = ["gpu-2", "gpu-3"]
+    machine.bind("wants-two", gpus=2)
+    machine.cluster.wait_phase("wants-two", "Running")
+    assert machine.container_of("wants-two").devices == {GPU: ("gpu-0", "gpu-1")}
+    assert machine.plugin.preferences_asked == 0
+
+    machine.plugin.prefers = ["gpu-3"]
+    machine.bind("wants-one")
+    machine.cluster.wait_phase("wants-one", "Running")
+    assert machine.container_of("wants-one").devices == {GPU: ("gpu-3",)}
+    assert machine.plugin.preferences_asked == 1
+
+
+def test_pod_that_waits_for_a_kubelet_is_refused_when_plugins_come_later(machine: Machine) -> None:
+    """A new kubelet admits what was bound meanwhile at once, and knows from its checkpoint whose the resource is."""
+    machine.kubelet.kill()
+    machine.bind("too-early")
+    machine.kubelet.restart()
+    refused = machine.cluster.wait_phase("too-early", "Failed")
+    assert refused["status"]["reason"] == "UnexpectedAdmissionError"
+    assert "no healthy devices present" in refused["status"]["message"]
 
 
 def test_killed_kubelet_keeps_what_it_gave(machine: Machine) -> None:
