@@ -29,10 +29,30 @@ def main(argv: list[str] | None = None) -> int:
         help="whether MIG slices are made and removed when the service orders it (make), or never (observe)",
     )
     parser.add_argument(
+        "--hand",
+        choices=("plugin", "observe", "no"),
+        default="no",
+        help="whether devices are handed to containers as the kubelet's device plugin (plugin), or what another one "
+        "hands out is read from the kubelet (observe)",
+    )
+    parser.add_argument(
+        "--hand-over",
+        choices=("env", "cdi"),
+        default="env",
+        help="how containers are given devices: by environment to NVIDIA's runtime, or by CDI names",
+    )
+    parser.add_argument("--shares", action="store_true", help="hand out parts of GPUs (tangram.gpu/share) as well")
+    parser.add_argument(
+        "--kubelet-dir", type=Path, default=Path("/var/lib/kubelet"), metavar="FOLDER", help="the kubelet's own folder"
+    )
+    parser.add_argument(
+        "--cdi-dir", type=Path, default=Path("/var/run/cdi"), metavar="FOLDER", help="where CDI specs are written"
+    )
+    parser.add_argument(
         "--state-dir",
         type=Path,
         metavar="FOLDER",
-        help="where GPUs' health is remembered over restarts (default: nowhere)",
+        help="where GPUs' health, and what was handed out, is remembered over restarts (default: nowhere)",
     )
     parser.add_argument(
         "--patience",
@@ -59,6 +79,11 @@ def main(argv: list[str] | None = None) -> int:
             token_file=options.token_file,
             ca_file=options.ca_file,
             mig=options.mig,
+            hand=options.hand,
+            hand_over=options.hand_over,
+            shares=options.shares,
+            kubelet_dir=options.kubelet_dir,
+            cdi_dir=options.cdi_dir,
             state_dir=options.state_dir,
             patience=Patience().scaled(options.patience),
             once=options.once,

@@ -3,8 +3,10 @@
     Reader ──Reading──▶ Agent.look() ──▶ NodeReport (version grows when it changed)
                         Agent.tell() ──▶ full report after a change or when asked; a few bytes where the feed fails
     Reader ◀──orders─── Agent.obey() ◀── Standing ◀── Feed (the held request; a thread)
+    Hands ◀──NodeReport─ Agent.look()     Hands ◀── placements ── Feed      Hands ──what was handed──▶ NodeReport
 
-No NVML here (`child`, `nvml`), no HTTP (`service`), and what signs of ill health mean is `health`'s to say.
+No NVML here (`child`, `nvml`), no HTTP (`service`), no kubelet (`hands`), and what signs of ill health mean is
+`health`'s to say.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from app.agent.child import CHANGE_SECONDS, DEADLINE_SECONDS, INSTANCE_SECONDS, Child, InProcess, NoAnswer, Reader
 from app.agent.feed import Feed, Orders, Standing, backoff, jittered
@@ -27,6 +29,10 @@ from app.agent.reading import Reading, remember
 from app.agent.service import ReportError, Service
 from app.agent.versions import node_versions
 from app.report import Failed, Gpu, NodeReport, OrderList, OrdersDone, ReportReply, Unchanged
+
+if TYPE_CHECKING:
+    from app.agent.handing import Said
+    from app.agent.hands import HandOption, HandOver, Hands
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +74,7 @@ class Agent:
         patience: Patience | None = None,
         versions: Mapping[str, str] | None = None,
         boot_id: str = "",
+        hands: Hands | None = None,
         utc_now: Callable[[], datetime] = _utc_now,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -76,6 +83,8 @@ class Agent:
         self._memory = memory
         self._versions = dict(versions or {})
         self._boot_id = boot_id
+        self._hands = hands
+        self._said: Said | None = None
         self._utc_now = utc_now
         self._clock = clock
         self._judge = Judge(memory.recall() if memory else None, patience=patience, now=clock())
@@ -90,7 +99,7 @@ class Agent:
     def look(self, wait_seconds: float) -> bool:
         """Read the node, waiting at most so long; whether the report has changed."""
         answer = self._reader.look(wait_seconds)
-        before = self.report
+        before, said = self.report, self._hands.said() if self._hands is not None else None
         if isinstance(answer, NoAnswer):
             if answer.failed:
                 self._fail(answer.reason)
@@ -98,6 +107,11 @@ class Agent:
             self._fail(answer.error)
         elif not self._says_nothing_new(answer):
             self._believe(answer)
+        if said != self._said:
+            self._said = said
+            self._take(self.report.model_copy(update=_hands_fields(said)))
+        if self._hands is not None:
+            self._hands.reported(self.report)
         return self.report is not before
 
     def _believe(self, reading: Reading) -> None:
@@ -140,6 +154,7 @@ class Agent:
             orders=self._done,
             gpus=self._judged(reading),
             links=reading.links,
+            **_hands_fields(self._said),
         )
 
     def _judged(self, reading: Reading) -> tuple[Gpu, ...]:
@@ -226,8 +241,11 @@ class Agent:
         self, reports: Reports, *, orders: Orders | None = None, interval_seconds: float = INTERVAL_SECONDS
     ) -> None:
         """Look, tell and obey until the process ends. Nothing that NVML or the service do ends the loop."""
+        if self._hands is not None:
+            self._hands.start(self.standing.wake)
         if orders is not None:
-            Feed(orders, self.standing, node=self.report.node, boot=self.report.boot).start()
+            placed = self._hands.placements if self._hands is not None else None
+            Feed(orders, self.standing, node=self.report.node, boot=self.report.boot, placed=placed).start()
         telling = _Telling()
         while True:
             started = time.monotonic()
@@ -273,6 +291,13 @@ class _Telling:
         self.said = reason
 
 
+def _hands_fields(said: Said | None) -> dict[str, Any]:
+    """What a report says about devices reaching containers."""
+    if said is None:
+        return {}
+    return {"hands": said.hands, "hands_none": said.none, "handed": said.handed, "handing": dict(said.counts)}
+
+
 def _seconds_for(orders: OrderList) -> float:
     """How long a list may take: idle slices are given up together, fifty of them on a node of eight GPUs."""
     instances = len(orders.remove) + sum(1 + len(make.remove) for make in orders.make)
@@ -295,6 +320,11 @@ def run_agent(
     token_file: Path | None = None,
     ca_file: Path | None = None,
     mig: MigOption = "make",
+    hand: HandOption = "no",
+    hand_over: HandOver = "env",
+    shares: bool = False,
+    kubelet_dir: Path = Path("/var/lib/kubelet"),
+    cdi_dir: Path = Path("/var/run/cdi"),
     state_dir: Path | None = None,
     patience: Patience | None = None,
     once: bool = False,
@@ -307,10 +337,28 @@ def run_agent(
     `once`: read once, print the report as JSON, and return; `service` is then not needed. `mig="observe"`: carry out no
     orders. `state_dir`: where what was seen of the GPUs' health is kept over restarts. `nvml_in_process` does without
     the child process and so without a deadline (simulated fleets). `proc` and `sys` are where the host's /proc and
-    /sys are mounted.
+    /sys are mounted. `hand`: whether it hands devices to containers, as `hand_over` says (`shares`: parts of GPUs,
+    too), or observes who does; `kubelet_dir` and `cdi_dir` are the host's.
     """
     if not once and service is None:
         raise ValueError("an agent needs the URL of the service (or --once)")
+    hands = None
+    if hand != "no" and not once:
+        assert service is not None
+        from app.agent.hands import hands_of  # gRPC comes with it: 15 MiB
+
+        exchanges = Service(service, token_file=token_file, ca_file=ca_file)
+        hands = hands_of(
+            hand,
+            node=node,
+            service=exchanges,
+            over=hand_over,
+            shares=shares,
+            kubelet_dir=kubelet_dir,
+            cdi_dir=cdi_dir,
+            state_dir=state_dir,
+            proc=proc,
+        )
     boot = boot_id(proc) if state_dir is not None else ""
     reader: Reader = InProcess(proc=proc, sys=sys) if nvml_in_process else Child(proc=proc, sys=sys)
     agent = Agent(
@@ -321,6 +369,7 @@ def run_agent(
         patience=patience,
         versions=node_versions(),
         boot_id=boot,
+        hands=hands,
     )
     # A handler also where the default would do: process 1 of a container has no default for SIGTERM.
     for ending in (signal.SIGTERM, signal.SIGINT):
@@ -336,6 +385,8 @@ def run_agent(
         log.info("agent of %s reports to %s every %g s", node, service, interval_seconds)
         agent.run(reports, orders=orders, interval_seconds=interval_seconds)
     finally:
+        if hands is not None:
+            hands.close()
         reader.close()
 
 

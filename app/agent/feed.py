@@ -2,6 +2,7 @@
 
     Agent's loop ── a report was taken ──▶ Standing ── listening() ──▶ Feed ── POST /v1/orders, held ──▶ service
                  ◀── wait() is woken ─────          ◀── heard() ──────      ◀── OrdersReply ───────────
+                                       who hands out devices ◀── placements ┘
 
 While the feed works its requests are the agent's beats. Where it fails (an older service has no such path; a proxy cuts
 held requests) the loop beats through its reports instead: a node must not look dead because its orders cannot come.
@@ -13,10 +14,12 @@ import logging
 import random
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from app.agent.service import ReportError
-from app.report import Listening, OrderList, OrdersReply
+from app.report import Listening, OrderList, OrdersReply, Placements
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +49,19 @@ class Orders(Protocol):
         """Wait for them. Raises `ReportError`."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Has:
+    """The lists that we have, by version, and whose they are."""
+
+    service: str = ""
+    orders: int = 0
+    placements: int = 0
+
+    def of(self, service: str) -> _Has:
+        """What we have of this service's lists: nothing if those that we have are another's."""
+        return self if service == self.service else _Has(service)
+
+
 class Standing:
     """What agent and service have last told each other. The two threads meet here; each method is atomic."""
 
@@ -53,8 +69,9 @@ class Standing:
         self._changed = threading.Condition()
         self._version: int | None = None
         self._service = ""
-        self._has = ("", 0)
+        self._has = _Has()
         self._orders: OrderList | None = None
+        self._placements: Placements | None = None
         self._woken = False
         self._listening = False
         self._reached = False
@@ -96,8 +113,13 @@ class Standing:
             orders, self._orders = self._orders, None
             return orders if orders is not None and orders.service == self._service else None
 
+    def wake(self) -> None:
+        """End the loop's wait: there is something to report."""
+        with self._changed:
+            self._wake()
+
     def wait(self, seconds: float) -> None:
-        """Sleep so long, or until there are orders or a report is wanted."""
+        """Sleep so long, or until there are orders, a report is wanted, or something else has to be reported."""
         with self._changed:
             self._changed.wait_for(lambda: self._woken, max(0.0, seconds))
             self._woken = False
@@ -110,9 +132,14 @@ class Standing:
             self._changed.wait_for(lambda: self._version is not None)
             assert self._version is not None
             self._reached = False
-            service, orders = self._has
             return Listening(
-                node=node, boot=boot, version=self._version, service=service, orders=orders, wait_seconds=wait_seconds
+                node=node,
+                boot=boot,
+                version=self._version,
+                service=self._has.service,
+                orders=self._has.orders,
+                placements=self._has.placements,
+                wait_seconds=wait_seconds,
             )
 
     def rest(self, seconds: float) -> None:
@@ -129,20 +156,29 @@ class Standing:
         with self._changed:
             if reply.resend and self._version == asked.version:
                 self._want_report()
-            orders = reply.orders
-            if orders is None:
-                return ""
-            if orders.service and orders.service == self._service:
-                self._has = (orders.service, orders.version)
-                self._orders = orders
+            services = [each.service for each in (reply.orders, reply.placements) if each is not None]
+            strangers = [service for service in services if not service or service != self._service]
+            if strangers:
+                self._want_report()
+                return (
+                    ""
+                    if reply.resend
+                    else f"lists of service {strangers[0]!r} dropped: {self._service!r} took the last report"
+                )
+            if reply.orders is not None:
+                self._has = replace(self._has.of(self._service), orders=reply.orders.version)
+                self._orders = reply.orders
                 self._wake()
-                return ""
-            self._want_report()
-            return (
-                ""
-                if reply.resend
-                else f"orders of service {orders.service!r} dropped: {self._service!r} took the last report"
-            )
+            if reply.placements is not None:
+                self._has = replace(self._has.of(self._service), placements=reply.placements.version)
+                self._placements = reply.placements
+            return ""
+
+    def take_placements(self) -> Placements | None:
+        """The newest list of who gets which device, once."""
+        with self._changed:
+            placements, self._placements = self._placements, None
+            return placements
 
     def _want_report(self) -> None:
         self._version = None
@@ -157,9 +193,17 @@ class Feed:
     """Asks for orders again and again, in a thread of its own that ends with the process."""
 
     def __init__(
-        self, orders: Orders, standing: Standing, *, node: str, boot: str, wait_seconds: float = WAIT_SECONDS
+        self,
+        orders: Orders,
+        standing: Standing,
+        *,
+        node: str,
+        boot: str,
+        placed: Callable[[Placements], None] | None = None,
+        wait_seconds: float = WAIT_SECONDS,
     ) -> None:
         self._orders = orders
+        self._placed = placed
         self._standing = standing
         self._node = node
         self._boot = boot
@@ -185,6 +229,9 @@ class Feed:
         try:
             reply = self._orders.listen(asked)
             dropped = self._standing.heard(asked, reply)
+            placements = self._standing.take_placements()
+            if placements is not None and self._placed is not None:
+                self._placed(placements)
         except ReportError as error:
             return self._failed(str(error), error.status)
         except Exception as error:  # a bug of ours must not silence the node
@@ -196,8 +243,7 @@ class Feed:
             log.info("the service has orders again")
         self._failures, self._said = 0, ""
         self._standing.set_listening(True)
-        new = reply.orders is not None and (reply.orders.service, reply.orders.version) != (asked.service, asked.orders)
-        return 0.0 if new else max(0.0, SHORTEST_SECONDS - (time.monotonic() - started))
+        return 0.0 if _brings_news(asked, reply) else max(0.0, SHORTEST_SECONDS - (time.monotonic() - started))
 
     def _failed(self, reason: str, status: int = 0) -> float:
         self._standing.set_listening(False)
@@ -208,6 +254,12 @@ class Feed:
             return jittered(OLDER_SERVICE_SECONDS)
         self._failures += 1
         return backoff(self._failures)
+
+
+def _brings_news(asked: Listening, reply: OrdersReply) -> bool:
+    """Whether it has a list that we had not."""
+    pairs = ((reply.orders, asked.orders), (reply.placements, asked.placements))
+    return any(each is not None and (each.service, each.version) != (asked.service, had) for each, had in pairs)
 
 
 def backoff(failures: int) -> float:
