@@ -50,8 +50,9 @@ class Entry:
 
 
 class CdiFile:
-    """Keeps the node's spec file as the reports say. `trouble`: why the file is not as it should be, or empty.
+    """Keeps the node's spec file as the reports say. `trouble`: why it is of no use to any container, or empty.
 
+    A device whose device files are missing is left out; `why_not` says so when it is asked for.
     Used by two threads: the agent's after each look, and the device plugin's before it names a device.
     """
 
@@ -88,7 +89,8 @@ class CdiFile:
     def _keep(self, report: NodeReport) -> bool:
         if not report.gpus and report.error:
             return False  # nothing has been read yet: what is there is of the agent before, and containers use it
-        if report is self._last and not self.trouble and self._path.exists() == bool(self._written):
+        settled = not self.trouble and not self._left_out
+        if report is self._last and settled and self._path.exists() == bool(self._written):
             return False
         said, self.trouble, self._last = self.trouble, "", report
         entries = self._entries(report)
@@ -108,13 +110,17 @@ class CdiFile:
     def _entries(self, report: NodeReport) -> list[Entry]:
         """The devices whose files are all there; a runtime would refuse a container with one whose are not."""
         entries = []
-        self._left_out = {}
+        left_out: dict[str, str] = {}
         for names, found in (named for gpu in report.gpus for named in devices_of(gpu)):
             try:
                 entries.append(Entry(names, self._files(found)))
             except NoFile as error:
-                self._left_out |= dict.fromkeys(names, str(error))
-                self.trouble = f"{names[0]} is left out: {error}"
+                left_out |= dict.fromkeys(names, str(error))
+                if self._left_out.get(names[0]) != str(error):
+                    log.warning("CDI: %s is left out: %s", names[-1], error)
+        self._left_out = left_out
+        if left_out and not entries:
+            self.trouble = f"no device has its device files: {next(iter(left_out.values()))}"
         return entries
 
     def _files(self, found: Found) -> tuple[str, ...]:

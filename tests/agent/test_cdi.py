@@ -90,13 +90,29 @@ def test_capabilities_are_found_in_the_drivers_table_where_it_shows_nothing_else
     assert nodes(tmp_path, "MIG-1")[1:] == ["/dev/nvidia-caps/nvidia-cap84", "/dev/nvidia-caps/nvidia-cap85"]
 
 
-def test_a_device_without_its_files_is_left_out_and_said(there, file, tmp_path):
+def test_a_device_without_its_files_is_left_out_and_said(there, file, tmp_path, caplog):
     """A runtime refuses every container that names such a device; the others must not suffer."""
-    file.keep(report(gpu(0), gpu(2)))
+    now = report(gpu(0), gpu(2))
+    file.keep(now)
+    file.keep(now)
 
     assert names(tmp_path) == {"0", "GPU-0", "all"}
-    assert file.trouble == "2 is left out: the host has no /dev/nvidia2"
+    assert [record.getMessage() for record in caplog.records] == [
+        "CDI: GPU-2 is left out: the host has no /dev/nvidia2"
+    ]
+    assert file.trouble == ""
     assert file.why_not("GPU-2", report(gpu(0), gpu(2))) == "the host has no /dev/nvidia2"
+
+
+def test_a_host_without_any_device_file_is_trouble(tmp_path):
+    """An agent in a container that does not see the host's /dev, say."""
+    there = DriverHost(tmp_path / "host")
+    there.driver()
+    file = CdiFile(tmp_path / "cdi", host=there.host)
+    file.keep(report(gpu(0)))
+
+    assert file.trouble == "no device has its device files: the host has no /dev/nvidia0"
+    assert not (tmp_path / "cdi/tangram.json").exists()
 
 
 def test_the_file_of_a_capability_that_the_driver_wants_made_is_made(there, file, tmp_path, monkeypatch):
