@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 
 from app.agent.cdi import CdiFile
 from app.agent.gift import CannotHand, Giver, Mount, Mps
+from app.agent.giving import Giving, add_arguments, giving_of
 from app.report import DeviceAt
 from tests.agent.driver_host import DriverHost, gpu, instance, report
 
@@ -203,3 +205,44 @@ def test_limits_of_a_share_are_given_by_cdi_too(there, cdi):
 
     assert gift.cdi_names == ("tangram.gpu/gpu=GPU-0",)
     assert gift.envs["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "50"
+
+
+# ---- options ----
+
+
+def parsed(*arguments: str) -> Giving:
+    """As the agent's command line makes them."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--hand-over", default="env")
+    parser.add_argument("--cdi-dir", type=Path, default=Path("/var/run/cdi"))
+    add_arguments(parser)
+    return giving_of(parser.parse_args(arguments))
+
+
+def test_without_options_it_is_by_environment_and_shares_are_time_sliced():
+    giver, file = parsed().build()
+
+    assert parsed() == Giving()
+    assert file is None
+    assert set(giver.gift([share(250)], report(gpu(0, minor=999))).envs) == {"NVIDIA_VISIBLE_DEVICES"}
+
+
+def test_options_reach_the_file_and_the_gift(there, tmp_path):
+    there.devices(0)
+    options = parsed(
+        *("--hand-over", "cdi", "--cdi-dir", str(tmp_path / "cdi"), "--cdi-kind", "example.com/gpu"),
+        *("--host-root", str(there.root), "--mps-dir", "/p", "--mps-shm", "/s"),
+    )
+    giver, file = options.build(there.root / "proc")
+    gift = giver.gift([share(250)], report(gpu()))
+
+    assert gift.cdi_names == ("example.com/gpu=GPU-0",)
+    assert [mount.host_path for mount in gift.mounts] == ["/p", "/s"]
+    assert file is not None
+    assert file.kind == "example.com/gpu"
+
+
+@pytest.mark.parametrize("kind", ["gpu", "nvidia.com", "nvidia.com/", "/gpu", "a/b/c", "nvidia.com/gpu=0"])
+def test_a_kind_that_no_runtime_would_take_is_refused(kind):
+    with pytest.raises(ValueError, match="is no CDI kind"):
+        parsed("--hand-over", "cdi", "--cdi-kind", kind).build()
