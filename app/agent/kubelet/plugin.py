@@ -31,6 +31,7 @@ import grpc.aio
 from app.agent.gift import CannotHand, Gift
 from app.agent.kubelet import deviceplugin_pb2 as api
 from app.agent.kubelet import deviceplugin_pb2_grpc as wire
+from app.agent.kubelet.channel import OPTIONS, target, words_of
 from app.agent.kubelet.ids import Offered
 
 log = logging.getLogger(__name__)
@@ -55,8 +56,6 @@ LASTED_SECONDS = 10.0
 """A connection that held for so long was none of the failed attempts."""
 CLOSE_SECONDS = 5.0
 LONGEST_WORDS = 1000  # of a refusal: they travel in a header
-
-OPTIONS = (("grpc.enable_http_proxy", 0),)
 
 Answer = TypeVar("Answer")
 Inode = tuple[int, int, int]
@@ -295,13 +294,13 @@ class _Plugin:
             version=VERSION, endpoint=endpoint, resource_name=self.resource, options=_options()
         )
         try:
-            async with grpc.aio.insecure_channel(f"unix:{kubelet}", options=OPTIONS) as channel:
+            async with grpc.aio.insecure_channel(target(kubelet), options=OPTIONS) as channel:
                 await wire.RegistrationStub(channel).Register(request, timeout=REGISTER_SECONDS)
         except grpc.aio.AioRpcError as error:
             if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                words = f"the kubelet does not answer at {kubelet}: {error.details()}"
+                words = f"the kubelet does not answer at {kubelet}: {words_of(error)}"
                 raise NotRegistered(words, silent=True) from error
-            raise NotRegistered(f"the kubelet refuses {self.resource}: {error.details()}") from error
+            raise NotRegistered(f"the kubelet refuses {self.resource}: {words_of(error)}") from error
 
 
 class _Socket(wire.DevicePluginServicer):
@@ -318,7 +317,7 @@ class _Socket(wire.DevicePluginServicer):
         """Begin to listen. Raises `NotRegistered`."""
         wire.add_DevicePluginServicer_to_server(self, self._server)
         try:
-            self._server.add_insecure_port(f"unix:{self._path}")
+            self._server.add_insecure_port(target(self._path))
         except RuntimeError as error:
             raise NotRegistered(f"cannot listen at {self._path}: {error}") from error
         await self._server.start()

@@ -16,12 +16,10 @@ import grpc.aio
 
 from app.agent.kubelet import podresources_pb2 as api
 from app.agent.kubelet import podresources_pb2_grpc as wire
+from app.agent.kubelet.channel import OPTIONS, target, words_of
 
 TIMEOUT_SECONDS = 2.0
 """The kubelet answers from memory."""
-LARGEST_ANSWER = 16 << 20
-"""As the kubelet's own clients allow."""
-OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", LARGEST_ANSWER))
 
 
 class KubeletSilent(Exception):
@@ -55,13 +53,13 @@ class PodResources:
     async def list(self) -> tuple[PodHas, ...]:
         """Every pod. Raises `KubeletSilent`."""
         with self._in_words():
-            async with grpc.aio.insecure_channel(f"unix:{self._socket}", options=OPTIONS) as channel:
+            async with grpc.aio.insecure_channel(target(self._socket), options=OPTIONS) as channel:
                 lister = wire.PodResourcesListerStub(channel)
                 return _read(await lister.List(api.ListPodResourcesRequest(), timeout=self._timeout))
 
     def read(self) -> tuple[PodHas, ...]:
         """The same for a thread without an event loop; it waits. Raises `KubeletSilent`."""
-        with self._in_words(), grpc.insecure_channel(f"unix:{self._socket}", options=OPTIONS) as channel:
+        with self._in_words(), grpc.insecure_channel(target(self._socket), options=OPTIONS) as channel:
             lister = wire.PodResourcesListerStub(channel)
             return _read(lister.List(api.ListPodResourcesRequest(), timeout=self._timeout))
 
@@ -71,7 +69,7 @@ class PodResources:
             yield
         except grpc.RpcError as error:
             raise KubeletSilent(
-                f"the kubelet does not say what its pods have ({self._socket}): {error.code().name}: {error.details()}"
+                f"the kubelet does not say what its pods have ({self._socket}): {words_of(error)}"
             ) from error
 
 

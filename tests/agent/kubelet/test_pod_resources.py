@@ -55,14 +55,14 @@ def test_the_parts_of_a_resource_on_several_numa_nodes_are_one(folder: Path, pod
 
 
 def test_a_kubelet_that_is_not_there_is_said_in_words(folder: Path, ask: Ask):
-    with pytest.raises(KubeletSilent, match=r"does not say what its pods have .*/kubelet.sock\): UNAVAILABLE"):
+    with pytest.raises(KubeletSilent, match=r"does not say what its pods have .*/kubelet.sock\): No such file"):
         ask(PodResources(folder / "kubelet.sock"))
 
 
 def test_a_refusal_is_said_in_the_kubelets_words(folder: Path, pods: Pods, ask: Ask):
     pods.answers = iter(["too many requests"])
 
-    with pytest.raises(KubeletSilent, match="RESOURCE_EXHAUSTED: too many requests"):
+    with pytest.raises(KubeletSilent, match="too many requests"):
         ask(PodResources(folder / "kubelet.sock"))
 
 
