@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from app.agent.cdi import CdiFile
+from app.agent.device_files import place_name
 from app.agent.driver_files import find_driver_files
+from app.report import DeviceAt
+from solver.products import PRODUCTS
 from tests.agent.driver_host import DRIVER, DriverHost, gpu, instance, report
 
 LIB = "/usr/lib/x86_64-linux-gnu"
@@ -131,6 +135,15 @@ def test_the_file_of_a_capability_that_the_driver_wants_made_is_made(there, file
 
     assert made == [("nvidia-cap84", 237 << 8 | 84), ("nvidia-cap85", 237 << 8 | 85)]
     assert "MIG-1" in names(tmp_path)
+
+
+def test_every_profile_makes_a_name_that_cdi_allows():
+    geometries = (product.geometry for product in PRODUCTS)
+    profiles = {profile.name for geometry in geometries if geometry for profile in geometry.profiles}
+    assert any("+" in profile for profile in profiles)
+    for profile in profiles:
+        name = place_name(DeviceAt(gpu="GPU-8a3f1c52-0d4e-4b6f-9a77-5e2c81d0b9aa", profile=profile, start=3))
+        assert re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_.:-]*[A-Za-z0-9])?", name)
 
 
 # ---- what every container gets ----
