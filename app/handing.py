@@ -8,6 +8,7 @@ Decision 0009. Like the order lists, placements are compared and sent anew, neve
 restart. Annotations that the API server has not taken yet are in `unwritten`, and are written until it has.
 """
 
+import asyncio
 import logging
 import re
 from collections import Counter
@@ -52,7 +53,9 @@ LONGEST_REASON = 500  # characters of a refusal that the wire takes
 
 MOST_START = 63  # the last place on a board that the wire takes
 
-HOWS = ("placed", "free", "swapped", "overridden", "unplaced", "observed")
+HOWS = ("placed", "free", "swapped", "overridden", "unplaced", "observed", "moved", "refused")
+"""What agents count of a container beside the rule: how it was handed its devices, that they were another pod's after
+all, that it was handed nothing."""
 
 MOST_RULES = 32  # different names of matching rules that are counted; agents have a handful
 OTHER_RULE = "other"
@@ -61,6 +64,14 @@ MOST_COUNTED = 1_000_000  # of one kind in one report; more is no count
 SAID = 3  # what is absurd in one report is said so often, and then counted
 
 Devices = tuple[Device, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unanswered:
+    """No yes and no no. `perhaps`: the exchange may have been made; else it certainly was not."""
+
+    reason: str
+    perhaps: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,26 +339,25 @@ class Handing:
 
     # -- exchanges ------------------------------------------------------------------------------------
 
-    async def exchange(self, asked: Exchange) -> ExchangeReply:
+    async def exchange(self, asked: Exchange) -> ExchangeReply | Unanswered:
         """Grant or refuse what the kubelet counts for a pod instead of what it was promised."""
         waiting_for = self._not_ready()
         if waiting_for:
             self._count("exchanges", "not_ready", 1)
-            return _refused(f"Tangram is not ready: waiting for {', '.join(waiting_for)}")
-        term = self._term()
+            return Unanswered(f"Tangram is not ready: waiting for {', '.join(waiting_for)}", perhaps=False)
+        term, before = self._term(), self._ledger.get(asked.uid)
         moved = self._exchange(asked)
         if isinstance(moved, Refusal):
             log.info("node %s, pod %s: no exchange: %s", asked.node, asked.uid, moved)
             self._count("exchanges", "denied", 1)
-            return _refused(moved.reason)
-        for uid in (asked.uid, *moved.swapped):
-            if uid in self.unwritten:
-                await self._write(uid)
+            return ExchangeReply(granted=False, reason=moved.reason[:LONGEST_REASON])
+        outcome = "again" if self._ledger.get(asked.uid) is before else "swapped" if moved.swapped else "free"
+        await asyncio.gather(*(self._write(uid) for uid in (asked.uid, *moved.swapped) if uid in self.unwritten))
         hold = self._ledger.get(asked.uid)
         if self._not_ready() or self._term() != term or hold is None or not moved.take <= set(hold.devices):
             self._count("exchanges", "lost", 1)
-            return _refused("the exchange did not last: the pod has gone, or Tangram has lost its Lease meanwhile")
-        self._count("exchanges", "swapped" if moved.swapped else "free", 1)
+            return Unanswered("the pod has gone, or Tangram has lost its Lease, during the exchange", perhaps=True)
+        self._count("exchanges", outcome, 1)
         return ExchangeReply(granted=True, swapped=moved.swapped)
 
     def _exchange(self, asked: Exchange) -> Moved | Refusal:
@@ -498,10 +508,6 @@ def _is_promised(hold: Hold) -> bool:
 
 def _of(handed: Mapping[str, Devices], hold: Hold) -> Devices:
     return handed.get(hold.pod.uid) or handed.get(str(hold.pod)) or ()
-
-
-def _refused(reason: str) -> ExchangeReply:
-    return ExchangeReply(granted=False, reason=reason[:LONGEST_REASON])
 
 
 def _words(devices: Iterable[Device]) -> str:

@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from app import wire
 from app.errors import BadInput, KubeError
+from app.handing import Unanswered
 from app.report import Exchange, ExchangeReply, Listening, NodeReport, OrdersReply, ReportReply, Unchanged
 from app.service import Service
 from app.trust import Distrust, Trust
@@ -133,7 +134,10 @@ def agent_routes(service: Service, trust: Trust, *, closing: asyncio.Event) -> A
     async def exchange(request: Request) -> ExchangeReply:
         counter = service.metrics.exchanges
         asked = await _said(request, read_exchange, limit=EXCHANGE_LIMIT_BYTES, trust=trust, counter=counter)
-        return await service.handing.exchange(asked)
+        reply = await service.handing.exchange(asked)
+        if isinstance(reply, Unanswered):
+            raise HTTPException(500 if reply.perhaps else 503, f"{reply.reason}; ask again")
+        return reply
 
     return router
 

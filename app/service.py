@@ -104,7 +104,7 @@ class Service:
         )
         self.events = Events(instance=settings.identity)
         self.modes = Modes(self.ledger, self.inventory, self.offers, self.orders, self.truth, clock=clock)
-        self.views = Views(self.ledger, self.inventory, self.offers, self.orders, self.truth, clock=clock)
+        self.views = Views(self.ledger, self.inventory, self.offers, self.orders, self.handing, self.truth, clock=clock)
         self.metrics = Metrics(self._gauges)
         self.schedule = Schedule()
         self.planner = self._planner() if settings.planning else None

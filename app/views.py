@@ -4,12 +4,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from app.handing import Handing
 from app.inventory import Entry, Inventory
 from app.ledger import Hold, Ledger, Phase
 from app.offers import Offers
 from app.orders import Orders
 from app.planner import Planner
-from app.report import Gpu
+from app.report import DeviceAt, Gpu, Handed, NodeReport
 from app.schedule import Planned, Schedule
 from app.translate import Malformed, PodRef, profile_as_asked
 from app.truth import Truth, Waiting
@@ -31,6 +32,7 @@ class Views:
         inventory: Inventory,
         offers: Offers,
         orders: Orders,
+        handing: Handing,
         truth: Truth,
         *,
         clock: Callable[[], float],
@@ -39,6 +41,7 @@ class Views:
         self._inventory = inventory
         self._offers = offers
         self._orders = orders
+        self._handing = handing
         self._truth = truth
         self._clock = clock
 
@@ -149,6 +152,7 @@ class Views:
             "product": ", ".join(sorted({gpu.product for gpu in report.gpus})) if report else "",
             "slices": self._inventory.why_no_slices(name),
             "orders": self._ordered(name),
+            "handing": self._handed(name, report, holds),
             "driver": report.driver if report else "",
             "cuda": report.cuda if report else "",
             "versions": self._inventory.versions(name),
@@ -165,6 +169,17 @@ class Views:
             "make": [f"{each.gpu}/{each.profile}@{each.start}" for each in orders.make],
             "remove": [f"{each.gpu}/{each.profile}@{each.start}" for each in orders.remove],
             "switch": [f"{each.gpu}: MIG {'on' if each.enabled else 'off'}" for each in orders.switch],
+        }
+
+    def _handed(self, name: str, report: NodeReport | None, holds: tuple[Hold, ...]) -> Json:
+        """How devices come to containers there, and where that is not as it should be."""
+        shared = any(device.milli for hold in holds for device in hold.devices)
+        return {
+            "by": report.hands if report else None,
+            "none": report.hands_none if report else "",
+            "shares": _not_enforced(report) if shared else "",
+            "differ": [_differing(each) for each in self._handing.differing(name)],
+            "overlaps": self._handing.overlaps(name),
         }
 
     def pods(self, *, phase: str = "") -> list[Json]:
@@ -275,6 +290,29 @@ class Views:
             for device in hold.devices
             if device.gpu not in known
         ]
+
+
+def _differing(handed: Handed) -> Json:
+    return {
+        "pod": {"uid": handed.uid, "namespace": handed.namespace, "name": handed.name},
+        "container": handed.container,
+        "resource": handed.resource,
+        "devices": [_at(device) for device in handed.devices],
+        "kubelet": list(handed.ids),
+    }
+
+
+def _at(device: DeviceAt) -> str:
+    if device.profile:
+        return f"{device.gpu}/{profile_as_asked(device.profile)}@{device.start}"
+    return f"{device.gpu}:{device.milli}m" if device.milli else device.gpu
+
+
+def _not_enforced(report: NodeReport | None) -> str:
+    """What holds nobody to his share; empty where something may."""
+    if report is not None and report.hands == "plugin":
+        return "not enforced but by MPS: without it a container can use more memory than its share"
+    return "not enforced: nothing of Tangram hands out devices here, so a container can use all of the GPU"
 
 
 def _planned(planned: Planned, schedule: Schedule) -> Json:

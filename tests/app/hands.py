@@ -6,9 +6,14 @@ import asyncio
 import itertools
 from dataclasses import dataclass, field
 
+from app.handing import Unanswered
 from app.report import (
+    DeviceAt,
+    Exchange,
+    ExchangeReply,
     Failed,
     Gpu,
+    Handed,
     Instance,
     Listening,
     Make,
@@ -16,6 +21,8 @@ from app.report import (
     OrderList,
     OrdersDone,
     OrdersReply,
+    Placements,
+    PodAt,
     SliceAt,
 )
 from app.service import Service
@@ -31,6 +38,7 @@ class Hands:
     report: NodeReport
     fail: dict[tuple[str, int], str] = field(default_factory=dict)
     got: OrderList | None = None
+    placed: Placements | None = None
     removed: list[tuple[str, str, int]] = field(default_factory=list)
 
     def tell(self, **changes: object) -> None:
@@ -44,13 +52,29 @@ class Hands:
             node=self.report.node,
             boot=self.report.boot,
             version=self.report.version,
-            service=self.got.service if self.got else "",
+            service=next((each.service for each in (self.got, self.placed) if each), ""),
             orders=self.got.version if self.got else 0,
+            placements=self.placed.version if self.placed else 0,
             wait_seconds=seconds,
         )
         reply = await self.service.orders.listen(said)
         self.got = reply.orders or self.got
+        self.placed = reply.placements or self.placed
         return reply
+
+    async def placements(self) -> dict[str, PodAt]:
+        """What the node's agent knows now, by the pods' names."""
+        await self.listen()
+        return {pod.name: pod for pod in (self.placed.pods if self.placed else ())}
+
+    async def exchange(self, pod: str, give: DeviceAt, take: DeviceAt) -> ExchangeReply | Unanswered:
+        """Ask to have one device instead of another."""
+        asked = Exchange(node=self.report.node, uid=f"uid-{pod}", give=(give,), take=(take,))
+        return await self.service.handing.exchange(asked)
+
+    def hand(self, *handed: Handed, **changes: object) -> None:
+        """Report that this is what containers have."""
+        self.tell(handed=handed, **changes)
 
     async def hear(self, *, seconds: float = 0.0) -> OrderList:
         """The new list that must come."""

@@ -87,6 +87,7 @@ def test_what_is_installed_runs_and_can_be_taken_away_again(cluster: Cluster) ->
 MAY = (
     "get pods", "list pods", "watch pods", "patch pods", "create pods/binding",
     "get nodes", "list nodes", "watch nodes", "patch nodes", "create tokenreviews.authentication.k8s.io",
+    "create events.events.k8s.io",
 )  # fmt: skip
 MAY_IN_ITS_NAMESPACE = (
     "create leases.coordination.k8s.io", "get leases.coordination.k8s.io tangram",
