@@ -25,7 +25,7 @@ LIBRARY_FOLDERS = (
     "/lib/aarch64-linux-gnu/nvidia/current",
     "/usr/local/nvidia/lib64",
 )
-"""The first that has the driver's libcuda or libnvidia-ml is the one; the last is Google's COS."""
+"""Debian has the driver's libraries in two of them. The last is Google's COS."""
 
 PROGRAM_FOLDERS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 PROGRAMS = (
@@ -89,24 +89,29 @@ def find_driver_files(host: Host, version: str, *, root: str = "/") -> DriverFil
 def _libraries(host: Host, version: str, root: str) -> tuple[tuple[DriverFile, ...], tuple[Link, ...]]:
     if not version:
         return (), ()
-    for folder in LIBRARY_FOLDERS:
-        names = (f"{library}.so.{version}" for library in ("libcuda", "libnvidia-ml"))
-        if any(host.has(posixpath.join(root, folder[1:], name)) for name in names):
-            break
-    else:
-        return (), ()
-    folders = (folder, f"{folder}/vdpau")
-    libraries = tuple(file for each in folders for file in _matching(host, root, each, f"*.so.{version}"))
-    return libraries, tuple(link for each in folders for link in _links(host, root, each, libraries))
+    libraries: list[DriverFile] = []
+    links: list[Link] = []
+    for folder in _folders(host, root):
+        found = tuple(_matching(host, root, folder, f"*.so.{version}"))
+        libraries += found
+        links += _links(host, root, folder, found)
+    return tuple(libraries), tuple(links)
+
+
+def _folders(host: Host, root: str) -> Iterator[str]:
+    """Those that are there, each once: on most hosts /lib is a link to /usr/lib."""
+    seen = set()
+    for folder in (each for library in LIBRARY_FOLDERS for each in (library, f"{library}/vdpau")):
+        at = host.at(posixpath.join(root, folder[1:]))
+        if at.is_dir() and at.resolve() not in seen:
+            seen.add(at.resolve())
+            yield folder
 
 
 def _links(host: Host, root: str, folder: str, libraries: tuple[DriverFile, ...]) -> Iterator[Link]:
     """Links in this folder that lead, by way of others beside them, to one of these libraries."""
-    by_name = {posixpath.basename(file.path): file for file in libraries if posixpath.dirname(file.path) == folder}
-    try:
-        entries = sorted(host.at(posixpath.join(root, folder[1:])).iterdir())
-    except OSError:
-        return
+    by_name = {posixpath.basename(file.path): file for file in libraries}
+    entries = sorted(host.at(posixpath.join(root, folder[1:])).iterdir()) if libraries else ()
     targets = {entry.name: posixpath.basename(entry.readlink()) for entry in entries if entry.is_symlink()}
     for name, target in targets.items():
         end, steps = target, 0

@@ -215,6 +215,23 @@ def test_libraries_are_found_where_distributions_have_them(tmp_path, folder):
     assert f"/{folder}/vdpau/libvdpau_nvidia.so.{DRIVER}" in {library.path for library in found.libraries}
 
 
+def test_a_folder_that_is_seen_in_two_places_is_one(tmp_path):
+    there = DriverHost(tmp_path)
+    there.driver()
+    (tmp_path / "lib").symlink_to("usr/lib")
+    (tmp_path / "usr/lib/x86_64-linux-gnu/nvidia/current").mkdir(parents=True)
+    there.file(f"usr/lib/x86_64-linux-gnu/nvidia/current/libnvidia-cfg.so.{DRIVER}")
+    found = find_driver_files(there.host, DRIVER)
+
+    assert sorted(library.path for library in found.libraries) == [
+        f"{LIB}/libcuda.so.{DRIVER}",
+        f"{LIB}/libnvidia-ml.so.{DRIVER}",
+        f"{LIB}/libnvidia-ptxjitcompiler.so.{DRIVER}",
+        f"{LIB}/nvidia/current/libnvidia-cfg.so.{DRIVER}",
+    ]
+    assert len(found.links) == 4
+
+
 def test_libraries_of_another_driver_are_nobodys(there):
     """After an upgrade without a reboot both are on the disk, and only the one that is loaded works."""
     found = find_driver_files(there.host, "560.1")
