@@ -97,7 +97,8 @@ class Desk:
     """One node's list and what its report says was handed.
 
     `profiles`: NVML's own names by GPU and name as pods ask. `handed`: devices by pod, by its UID or, where the agent
-    has only names, by `namespace/name`, as `heard` says. `counted` has the agent's counters as they were seen last.
+    has only names, by `namespace/name`, as the report `heard` says; `agreed`: those of the ledger that agree with it.
+    `counted` has the agent's counters as they were seen last.
     """
 
     placements: Placements
@@ -105,6 +106,7 @@ class Desk:
     profiles: dict[tuple[str, str], str] = field(default_factory=dict)
     heard: NodeReport | None = None
     handed: dict[str, Devices] = field(default_factory=dict)
+    agreed: dict[str, Devices] = field(default_factory=dict)
     moved: dict[str, Moved] = field(default_factory=dict)
     boot: str = ""
     counted: Mapping[str, int] | None = None
@@ -228,7 +230,7 @@ class Handing:
     def _read(self, entry: Entry, desk: Desk) -> None:
         """Take from a report what it says was handed; what cannot be is said in the log and left out."""
         report = entry.report
-        desk.heard = report
+        desk.heard, desk.agreed = report, {}
         profiles = _profiles_of(report)
         if profiles != desk.profiles:
             desk.profiles, desk.told = profiles, {}
@@ -267,12 +269,15 @@ class Handing:
         name = entry.report.node
         followed = False
         for hold in self._ledger.on(name) if desk.handed else ():
+            if desk.agreed.get(hold.pod.uid) is hold.devices:
+                continue
             handed = _of(desk.handed, hold) if hold.firm else ()
             moved = desk.moved.get(hold.pod.uid)
             if not handed or (moved is not None and moved.before is entry.report):
                 continue  # nothing is known, or an exchange was granted since that report
             true = _as_handed(hold, handed, entry)
             if not true or Counter(true) == Counter(hold.devices):
+                desk.agreed[hold.pod.uid] = hold.devices
                 continue
             log.warning("%s on %s has %s, not %s", hold.pod, name, _words(true), _words(hold.devices))
             self.followed += 1
