@@ -163,7 +163,7 @@ class Standing:
                 return (
                     ""
                     if reply.resend
-                    else f"lists of service {strangers[0]!r} dropped: {self._service!r} took the last report"
+                    else f"orders of service {strangers[0]!r} dropped: {self._service!r} took the last report"
                 )
             if reply.orders is not None:
                 self._has = replace(self._has.of(self._service), orders=reply.orders.version)
