@@ -12,7 +12,7 @@ import pytest
 from app.agent.cdi import CdiFile
 from app.agent.device_files import place_name
 from app.agent.driver_files import find_driver_files
-from app.report import DeviceAt
+from app.report import ComputeInstance, DeviceAt
 from solver.products import PRODUCTS
 from tests.agent.driver_host import DRIVER, DriverHost, gpu, instance, report
 
@@ -81,6 +81,26 @@ def test_slices_have_their_uuid_and_place_and_both_capabilities(there, file, tmp
         "/dev/nvidia-caps/nvidia-cap84",
         "/dev/nvidia-caps/nvidia-cap85",
     ]
+
+
+def test_the_capability_is_that_of_the_compute_instance_whose_uuid_it_is(there, file, tmp_path):
+    """Two compute instances in one GPU instance are two MIG devices; who has the first must not open the second."""
+    there.slice(0, 9, (84, 85))
+    there.capability(0, 9, 87, ci_id=2)
+    found = instance("2g.20gb", 4, 9, "MIG-2")
+    both = (ComputeInstance(id=0, uuid="MIG-0"), ComputeInstance(id=2, uuid="MIG-2"))
+    file.keep(report(gpu(0, found.model_copy(update={"compute": both}))))
+
+    assert nodes(tmp_path, "MIG-2")[1:] == ["/dev/nvidia-caps/nvidia-cap84", "/dev/nvidia-caps/nvidia-cap87"]
+
+
+def test_a_container_may_use_its_device_files_and_make_none(there, file, tmp_path):
+    """Without a word of permissions CDI means "rwm", with which a container may make the file anew."""
+    file.keep(report(gpu(0)))
+    written = spec(tmp_path)
+    edits = [written["containerEdits"], *(device["containerEdits"] for device in written["devices"])]
+
+    assert {node["permissions"] for edit in edits for node in edit["deviceNodes"]} == {"rw"}
 
 
 def test_capabilities_are_found_in_the_drivers_table_where_it_shows_nothing_else(there, file, tmp_path):
