@@ -110,6 +110,7 @@ class Desk:
     moved: dict[str, Moved] = field(default_factory=dict)
     boot: str = ""
     counted: Mapping[str, int] | None = None
+    overlaps: int = 0
 
 
 class Handing:
@@ -178,8 +179,9 @@ class Handing:
                 is_new = desk.heard is not entry.report
                 if is_new:
                     self._read(entry, desk)
-                if (self._follow(entry, desk) or is_new) and entry.report.hands is not None:
+                if self._follow(entry, desk) or is_new or desk.overlaps:
                     self._make_way(entry, desk)
+                    desk.overlaps = len(self.overlaps(name))
                 self._put(entry, desk)
 
     def forget(self, name: str) -> None:
@@ -293,7 +295,7 @@ class Handing:
         So it is, too, after a restart between the annotations of two pods that had exchanged theirs.
         """
         name = entry.report.node
-        if not self.overlaps(name):
+        if entry.report.hands is None or not self.overlaps(name):
             return
         for hold in self._ledger.on(name):
             if not self._may_still_change(hold, desk) or not hold.devices:
@@ -496,12 +498,16 @@ class Handing:
         entry = self._inventory.get(name)
         return list(_overlaps(entry.node, self._ledger.firmly(name))) if entry is not None else []
 
+    def with_overlaps(self) -> list[str]:
+        """The nodes where more than one pod had a device when their lists were made last."""
+        return sorted(name for name, desk in self._desks.items() if desk.overlaps)
+
     def differences(self) -> dict[str, float]:
         """How many containers differ from what their kubelet counts, devices overlap, and annotations wait."""
         handing = [name for name in self._desks if (entry := self._inventory.get(name)) and entry.report.handed]
         return {
             "kubelet": float(sum(len(self.differing(name)) for name in handing)),
-            "overlapping": float(sum(len(self.overlaps(name)) for name in handing)),
+            "overlapping": float(sum(desk.overlaps for desk in self._desks.values())),
             "unwritten": float(len(self.unwritten)),
         }
 

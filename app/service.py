@@ -257,6 +257,9 @@ class Service:
                 "profiles reported by agents but missing from the shipped managedResources, so pods asking for them "
                 f"bypass Tangram: {_some(self._unmanaged)}"
             )
+        twice = [f"{name}: {words}" for name in self.handing.with_overlaps() for words in self.handing.overlaps(name)]
+        if twice:
+            warnings.append(f"{len(twice)} devices are had by more than one pod: {_some(twice)}")
         if self.truth.unexplained:
             pods = [
                 f"{pod.ref if (pod := self.truth.pods.get(uid)) else uid}: {wrong}"

@@ -181,7 +181,7 @@ function podHaystack(pod) {
 
 /** Everything of a node that is drawn; the age of its report is not, or each card would change every second. */
 function nodeSignature(node) {
-  return JSON.stringify([node.name, node.offered, node.reason, node.product, isSilent(node), node.gpus, strays(node), node.orders, node.slices]);
+  return JSON.stringify([node.name, node.offered, node.reason, node.product, isSilent(node), node.gpus, strays(node), node.orders, node.slices, node.handing]);
 }
 
 const isSilent = (node) => (node.reported_seconds_ago ?? 0) > SILENT_SECONDS;
@@ -564,12 +564,17 @@ function nodeDetail(name, gpuUuid) {
     body: () => [
       node.offered ? null : h("p", { class: "words" }, `Not offered: ${node.reason || "no reason given"}.`),
       facts([["GPUs", shortProduct(node)], ["Free", roomWords(node)], ["Driver", node.driver], ["CUDA", node.cuda],
-        ...versionFacts(node),
+        ...versionFacts(node), ["Devices handed out", handingWords(node)],
         ["Reported", h("span", { "data-age": "" })], node.offered ? ["Offered", `yes${node.reason ? ` (${node.reason})` : ""}`] : null]),
       h("section", {}, h("h3", {}, "GPUs and slices"), node.gpus.map((gpu) => board(node, gpu, gpu.uuid === gpuUuid))),
       node.slices ? h("p", { class: "words" }, `Only slices that exist are given out: ${node.slices}.`) : null,
       orderWords(node).length ? h("section", {}, h("h3", {}, "Being changed by its agent"),
         h("ul", {}, orderWords(node).map((each) => h("li", { class: "mono" }, each)))) : null,
+      handingOf(node).overlaps.length ? h("section", {}, h("h3", {}, "Had by more than one pod"),
+        h("ul", {}, handingOf(node).overlaps.map((each) => h("li", {}, each)))) : null,
+      handingOf(node).differ.length ? h("section", {}, h("h3", {}, "The kubelet counts other devices than containers have"),
+        h("ul", {}, handingOf(node).differ.map((each) => h("li", {}, podLink(each.pod, each.container + each.resource), ` ${each.container}: has `,
+          h("span", { class: "mono" }, each.devices.join(", ")), ", counted: ", h("span", { class: "mono" }, each.kubelet.join(", ")))))) : null,
       strays(node).length ? h("section", {}, h("h3", {}, "Held, but not in its report"), h("ul", {}, strays(node).map((each) => h("li", {},
         h("span", { class: "mono" }, each.device), " ", podLink(each.pod, each.device))))) : null,
     ],
@@ -580,6 +585,17 @@ function nodeDetail(name, gpuUuid) {
 function orderWords(node) {
   const orders = node.orders || { make: [], remove: [], switch: [] };
   return [...orders.make.map((each) => `make ${each}`), ...orders.remove.map((each) => `remove ${each}`), ...orders.switch];
+}
+
+const handingOf = (node) => node.handing || { by: null, none: "", shares: "", differ: [], overlaps: [] };
+
+/** How containers come by their devices there; without Kubernetes there are none. */
+function handingWords(node) {
+  if (seen.cluster.mode !== "kubernetes") return "";
+  const handing = handingOf(node);
+  const by = { plugin: "by Tangram's agent", observe: "by another device plugin; the ledger follows what it gives" }[handing.by]
+    || "not by Tangram, and not seen: placements are advice";
+  return [by, handing.none ? `not now: ${handing.none}` : "", handing.shares ? `shares: ${handing.shares}` : ""].filter(Boolean).join("; ");
 }
 
 /** The rest of the chain of versions; driver and CUDA have their own place. */

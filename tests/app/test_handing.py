@@ -189,8 +189,9 @@ async def test_gpus_whose_mode_may_be_switched_are_offered_in_both_forms(allowed
             for gpu in hands.report.gpus
         ]
         hands.tell(gpus=tuple(gpus))
-        await hands.listen()
-        assert set(hands.placed.either) == ({gpu.uuid for gpu in gpus if gpu.mig} if allowed else set())
+        placements = (await hands.listen()).placements
+        assert placements is not None
+        assert set(placements.either) == ({gpu.uuid for gpu in gpus if gpu.mig} if allowed else set())
 
 
 async def test_a_new_service_sends_its_own_list_to_an_agent_that_has_an_old_one(world, hands):
@@ -199,8 +200,10 @@ async def test_a_new_service_sends_its_own_list_to_an_agent_that_has_an_old_one(
     async with World({"a": KIND}, on=world.kube, lease_seconds=1000).running() as after:
         again = Hands(after.service, hands.report, placed=hands.placed)
         again.tell()
-        assert (await again.listen()).placements.service == after.service.id
-        assert [pod.uid for pod in again.placed.pods] == ["uid-p"]
+        placements = (await again.listen()).placements
+        assert placements is not None
+        assert placements.service == after.service.id
+        assert [pod.uid for pod in placements.pods] == ["uid-p"]
 
 
 # -- exchanges ----------------------------------------------------------------------------------------

@@ -53,6 +53,23 @@ def test_shares_are_drawn_as_wide_as_they_are_and_told_in_words(stub: Stub, open
     expect(page.locator("#detail")).to_contain_text("250 milli free on 1 shared GPU")
 
 
+def test_a_node_says_how_its_devices_are_handed_out_and_where_that_went_wrong(stub: Stub, open_page: Open) -> None:
+    node = stub.canned.nodes[0]
+    pod = {"uid": "u", "namespace": "default", "name": "aside"}
+    node["handing"] = {
+        "by": "plugin",
+        "none": "the kubelet's socket is gone",
+        "shares": "not enforced",
+        "differ": [{"pod": pod, "container": "main", "resource": "r", "devices": ["GPU-1"], "kubelet": ["GPU-2"]}],
+        "overlaps": ["GPU-3 is one pod's whole, and others have some of it: default/a, default/b"],
+    }
+    page = open_page(f"{stub.url}#node={node['name']}")
+    detail = page.locator("#detail")
+    expect(detail).to_contain_text("by Tangram's agent; not now: the kubelet's socket is gone; shares: not enforced")
+    expect(detail).to_contain_text("default/aside main: has GPU-1, counted: GPU-2")
+    expect(detail).to_contain_text("GPU-3 is one pod's whole")
+
+
 def test_a_node_says_what_its_agent_is_told_to_do_and_how_its_gpus_are(stub: Stub, open_page: Open) -> None:
     node = stub.canned.nodes[0]
     node["orders"] = {"make": ["GPU-1/3g.40gb@4"], "remove": ["GPU-1/1g.10gb@0"], "switch": ["GPU-2: MIG on"]}
