@@ -54,6 +54,8 @@ LONGEST_PAUSE_SECONDS = 30.0
 """Between attempts that fail, doubled from a second; a new kubelet.sock ends the pause."""
 LASTED_SECONDS = 10.0
 """A connection that held for so long was none of the failed attempts."""
+GRACE_SECONDS = 0.2
+"""For streams to end by themselves: gRPC prints a traceback for each that is broken off."""
 CLOSE_SECONDS = 5.0
 LONGEST_WORDS = 1000  # of a refusal: they travel in a header
 
@@ -230,8 +232,12 @@ class _Plugin:
         """What every stream says from now on."""
         if devices != self.devices:
             self.devices = devices
-            told, self.news = self.news, asyncio.Event()
-            told.set()
+            self.tell()
+
+    def tell(self) -> None:
+        """Wake every stream."""
+        told, self.news = self.news, asyncio.Event()
+        told.set()
 
     def is_connected(self, kubelet: Inode | None, now: float, patience: float) -> bool:
         """Whether this kubelet listens, or was told to just now."""
@@ -310,6 +316,7 @@ class _Socket(wire.DevicePluginServicer):
         self.streams = 0
         self._plugin = plugin
         self._path = path
+        self._ending = False
         self._server = grpc.aio.server(options=OPTIONS)
         self._work: set[asyncio.Future[Any]] = set()
 
@@ -327,8 +334,10 @@ class _Socket(wire.DevicePluginServicer):
         return inode_of(self._path) is not None
 
     async def end(self) -> None:
-        """Stop listening; gRPC removes the file."""
-        await self._server.stop(grace=None)
+        """End the streams, then stop listening; gRPC removes the file. Calls that last are broken off."""
+        self._ending = True
+        self._plugin.tell()
+        await self._server.stop(grace=GRACE_SECONDS)
 
     async def GetDevicePluginOptions(self, request: api.Empty, context: Any) -> api.DevicePluginOptions:  # noqa: N802
         """The same options as are registered."""
@@ -340,7 +349,7 @@ class _Socket(wire.DevicePluginServicer):
         """Every device now, and again after each change."""
         self.streams += 1
         try:
-            while True:
+            while not self._ending:
                 news = self._plugin.news
                 yield _listed(self._plugin.devices)
                 await news.wait()

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +193,11 @@ class Kubelet:
     def knows(self, *resources: str) -> dict[str, Plugin]:
         """Wait until these are registered and their first lists have been heard."""
         for resource in resources:
-            until(lambda resource=resource: resource in self.plugins and self.plugins[resource].heard, resource)
+            until(partial(self._has_heard, resource), resource)
         return self.plugins
+
+    def _has_heard(self, resource: str) -> bool:
+        return resource in self.plugins and bool(self.plugins[resource].heard)
 
     def die(self) -> None:
         """As a killed process: no more sockets, the files stay."""
