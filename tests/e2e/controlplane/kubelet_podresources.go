@@ -29,14 +29,15 @@ func servePodResources(ctx context.Context, k *kubelet) error {
 		return err
 	}
 	limit := limited.WithRateLimiter(ctx, "podresources", podresources.DefaultQPS, podresources.DefaultBurstTokens)
-	server := grpc.NewServer(limit)
-	api.RegisterPodResourcesListerServer(server, podresources.NewV1PodResourcesServer(ctx, podresources.PodResourcesProviders{
+	providers := podresources.PodResourcesProviders{
 		Pods:             k.pods,
 		Devices:          givenDevices{k.devices},
 		Cpus:             noCPUs{},
 		Memory:           noMemory{},
 		DynamicResources: noClaims{},
-	}))
+	}
+	server := grpc.NewServer(limit)
+	api.RegisterPodResourcesListerServer(server, podresources.NewV1PodResourcesServer(ctx, providers))
 	go func() {
 		klog.ErrorS(server.Serve(listener), "PodResources ended")
 	}()
