@@ -591,8 +591,8 @@ const handingOf = (node) => node.handing || { by: null, none: "", shares: "", di
 
 /** How containers come by their devices there; without Kubernetes there are none. */
 function handingWords(node) {
-  if (seen.cluster.mode !== "kubernetes") return "";
   const handing = handingOf(node);
+  if (!handing.by && seen.cluster.mode !== "kubernetes") return "";
   const by = { plugin: "by Tangram's agent", observe: "by another device plugin; the ledger follows what it gives" }[handing.by]
     || "not by Tangram, and not seen: placements are advice";
   return [by, handing.none ? `not now: ${handing.none}` : "", handing.shares ? `shares: ${handing.shares}` : ""].filter(Boolean).join("; ");
