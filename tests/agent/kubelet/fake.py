@@ -124,8 +124,9 @@ class Plugin:
             for message in stream:
                 heard.append(dict(_device(one) for one in decode(message).get(1, [])))
         except grpc.RpcError:
-            if stream is self._stream:
-                self.hung_up.set()
+            pass
+        if stream is self._stream:
+            self.hung_up.set()
 
     def stop_listening(self) -> None:
         """End the stream and nothing else."""
