@@ -19,6 +19,8 @@ class Sources:
     """Reads the API server, the ledger and the boards, and says where they differ."""
 
     stack: Stack
+    before_bind: bool = True
+    """Whether slices are there, and named, before a pod is bound; an exchange makes others only before containers."""
     faults: list[str] = field(default_factory=list)
     steps: int = 0
     compared: int = 0
@@ -56,7 +58,8 @@ class Sources:
         for piece in given.pieces:
             if piece.profile:
                 found = boards.get((piece.gpu, piece.profile, piece.start))
-                if found is None or all(found != uuids.get(str(piece)) for uuids in named):
+                unnamed = not self.before_bind and any(str(piece) not in uuids for uuids in named)
+                if not unnamed and (found is None or all(found != uuids.get(str(piece)) for uuids in named)):
                     said = named[0].get(str(piece))
                     self._say(f"{name} has {piece} as {said}; on the board there is {found}")
 

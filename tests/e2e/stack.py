@@ -125,8 +125,10 @@ class Stack:
         service: bool = True,
         port: int = 0,
         kubelets: Sequence[Policy] = (),
+        hand: str = "plugin",
     ) -> None:
         """`kubelets`: real device managers on all nodes, with these topology policies in turn; else KWOK plays kubelet.
+        `hand`: whether their device plugins are the agents, or somebody whom the agents observe.
 
         `form` is which shipped kube-scheduler configuration runs (None: none is started).
 
@@ -143,6 +145,7 @@ class Stack:
         self._with_gateways = gateways
         self._port = port
         self._policies = tuple(kubelets)
+        self.hand = hand
         self.kubelets: dict[str, Kubelet] = {}
         """By node, where they are real."""
         self._closing = contextlib.ExitStack()
@@ -586,10 +589,11 @@ class RealAgents:
         tokens: Callable[[str], str] | None = None,
         ca_file: Path | None = None,
         kubelets: Mapping[str, Kubelet] | None = None,
+        hand: str = "plugin",
     ) -> None:
         """`tokens` gives a node's agent its token; without it the agents show none.
 
-        With `kubelets` the agents are these kubelets' device plugins.
+        With `kubelets` the agents are these kubelets' device plugins, or observe others'.
         """
         self._descriptions = {node.name: describe(node) for node in nodes}
         self._tokens = tokens
@@ -602,6 +606,7 @@ class RealAgents:
             token_file=self._token_file if tokens else None,
             ca_file=ca_file,
             kubelets={name: kubelet.directory for name, kubelet in (kubelets or {}).items()},
+            hand=hand,
         )
         self._next_pid = 1000
 
@@ -666,6 +671,7 @@ def real_agents(stack: Stack, url: str) -> Agents:
         interval_seconds=stack.knobs.agent_interval_seconds,
         patience=stack.knobs.patience,
         kubelets=stack.kubelets,
+        hand=stack.hand,
     )
     if stack.knobs.unauthenticated_agents:
         return agents()

@@ -49,7 +49,8 @@ class Fleet:
 
     `token_file`, `ca_file`, `mig` and `patience` are as for `tangram agent`; "{node}" in `token_file` stands for the
     node's name. Each agent remembers in a folder of its own (`state`), and each node has its own boot id. `kubelets`
-    are the folders of the nodes' kubelets (/var/lib/kubelet on a real node): the agents are their device plugins.
+    are the folders of the nodes' kubelets (/var/lib/kubelet on a real node): the agents are their device plugins, or
+    with `hand="observe"` read what another plugin has given.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Fleet:
         mig: str = "make",
         patience: float = 1.0,
         kubelets: Mapping[str, Path] | None = None,
+        hand: str = "plugin",
     ) -> None:
         self._directory = directory
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -71,7 +73,7 @@ class Fleet:
         self._pids: dict[str, int] = {}
         self._log = (directory / "agents.log").open("ab")
         options = ["--service", service, "--interval", str(interval_seconds), "--directory", str(directory)]
-        options += ["--mig", mig, "--patience", str(patience)]
+        options += ["--mig", mig, "--patience", str(patience), "--hand", hand]
         if token_file is not None:
             options += ["--token-file", str(token_file)]
         if ca_file is not None:
@@ -297,7 +299,7 @@ def _agent(name: str, directory: Path, options: argparse.Namespace) -> None:
         kubelet = _kubelet(directory, name)
         hands: dict[str, Any] = {}
         if kubelet.exists():  # resolved, since a socket's path may have 107 characters
-            hands = {"hand": "plugin", "kubelet_dir": kubelet.resolve(), "cdi_dir": _cdi(directory, name)}
+            hands = {"hand": options.hand, "kubelet_dir": kubelet.resolve(), "cdi_dir": _cdi(directory, name)}
         run_agent(
             service=options.service,
             node=name,
@@ -331,6 +333,7 @@ def main() -> None:
     parser.add_argument("--ca-file", type=Path)
     parser.add_argument("--mig", choices=("observe", "make"), default="make")
     parser.add_argument("--patience", type=float, default=1.0)
+    parser.add_argument("--hand", choices=("plugin", "observe"), default="plugin")
     _nursery(parser.parse_args())
 
 
