@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 MOST_WAITING = 200
 MOST_AT_ONCE = 10  # in each turn; the turns are `wake_seconds` apart
 TRIES = 3
-LONGEST_NOTE = 1000  # bytes; the API server takes 1024
+LONGEST_NOTE = 1000  # bytes
 CONTROLLER = "tangram.gpu/tangram"
 
 
@@ -38,7 +38,7 @@ class Events:
     """Events that wait to be written."""
 
     def __init__(self, *, instance: str) -> None:
-        self._instance = instance[:128]
+        self._instance = instance
         self._waiting: deque[Note] = deque()
         self.dropped = 0
 
@@ -54,7 +54,7 @@ class Events:
         for _ in range(min(MOST_AT_ONCE, len(self._waiting))):
             note = self._waiting.popleft()
             try:
-                await kube.create_event(note.pod.namespace, _event(note, self._instance))
+                await kube.create_event(note.pod.namespace, event_of(note, instance=self._instance))
             except Unknown as error:
                 log.warning("the event %s of %s could not be written: %s", note.reason, note.pod, error)
                 if note.tries + 1 < TRIES:
@@ -68,7 +68,8 @@ class Events:
                 self.dropped += 1
 
 
-def _event(note: Note, instance: str) -> Json:
+def event_of(note: Note, *, instance: str) -> Json:
+    """An Event as the API server takes it (its limits: 1024 bytes of words, 128 of who says so)."""
     pod = note.pod
     return {
         "apiVersion": "events.k8s.io/v1",
@@ -76,7 +77,7 @@ def _event(note: Note, instance: str) -> Json:
         "metadata": {"name": f"{pod.name[:230]}.{secrets.token_hex(8)}", "namespace": pod.namespace},
         "eventTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         "reportingController": CONTROLLER,
-        "reportingInstance": instance,
+        "reportingInstance": instance[:128],
         "action": note.action,
         "reason": note.reason,
         "type": "Warning",

@@ -110,6 +110,7 @@ class Desk:
     moved: dict[str, Moved] = field(default_factory=dict)
     boot: str = ""
     counted: Mapping[str, int] | None = None
+    differing: int = 0
     overlaps: int = 0
 
 
@@ -233,6 +234,7 @@ class Handing:
         """Take from a report what it says was handed; what cannot be is said in the log and left out."""
         report = entry.report
         desk.heard, desk.agreed = report, {}
+        desk.differing = sum(map(_differs, report.handed))
         profiles = _profiles_of(report)
         if profiles != desk.profiles:
             desk.profiles, desk.told = profiles, {}
@@ -491,7 +493,7 @@ class Handing:
     def differing(self, name: str) -> list[Handed]:
         """What containers of this node have although the kubelet counts other devices for them."""
         entry = self._inventory.get(name)
-        return [each for each in entry.report.handed if each.how == "overridden"] if entry is not None else []
+        return [each for each in entry.report.handed if _differs(each)] if entry is not None else []
 
     def overlaps(self, name: str) -> list[str]:
         """Devices that more than one pod of this node has, or was promised, in words."""
@@ -504,9 +506,8 @@ class Handing:
 
     def differences(self) -> dict[str, float]:
         """How many containers differ from what their kubelet counts, devices overlap, and annotations wait."""
-        handing = [name for name in self._desks if (entry := self._inventory.get(name)) and entry.report.handed]
         return {
-            "kubelet": float(sum(len(self.differing(name)) for name in handing)),
+            "kubelet": float(sum(desk.differing for desk in self._desks.values())),
             "overlapping": float(sum(desk.overlaps for desk in self._desks.values())),
             "unwritten": float(len(self.unwritten)),
         }
@@ -515,6 +516,11 @@ class Handing:
 def _is_promised(hold: Hold) -> bool:
     """Whether an agent is told of it: the pod has devices, or will have once its bind is made."""
     return hold.phase in (Phase.ASSUMED, Phase.HELD)
+
+
+def _differs(handed: Handed) -> bool:
+    """Whether the kubelet counts other devices for the container than it has."""
+    return handed.how == "overridden"
 
 
 def _of(handed: Mapping[str, Devices], hold: Hold) -> Devices:

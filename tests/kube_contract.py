@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import pytest
 
 from app.errors import Conflict, NotFound, Refused
+from app.events import Note, event_of
 from app.kube import Event, Kube, Reviewed
+from app.translate import PodRef
 
 NOTE = "tangram.gpu/placement"
 
@@ -164,6 +166,14 @@ async def what_is_no_token_for_us_is_not_authenticated(kube: Kube, make: Make) -
         assert reviewed.error
 
 
+async def an_event_of_a_pod_lives_in_the_pods_namespace(kube: Kube, make: Make) -> None:
+    pod = PodRef(make.pod("refused"), "default", "refused")
+    event = event_of(Note(pod, "KubeletRefused", "words " * 500, "Admitting"), instance="us")
+    await kube.create_event("default", event)
+    with pytest.raises(Refused):
+        await kube.create_event("kube-system", event)
+
+
 CHECKS: tuple[Callable[[Kube, Make], Awaitable[None]], ...] = (
     a_patch_returns_the_version_that_a_binding_may_demand,
     a_binding_with_an_old_version_conflicts,
@@ -178,4 +188,5 @@ CHECKS: tuple[Callable[[Kube, Make], Awaitable[None]], ...] = (
     a_pods_token_names_its_account_and_its_node,
     a_token_that_is_bound_to_no_pod_names_no_node,
     what_is_no_token_for_us_is_not_authenticated,
+    an_event_of_a_pod_lives_in_the_pods_namespace,
 )

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from app.errors import Unknown
+from app.handing import Moved
 from app.kube import Json
 from app.main import agent_app, build, create_app, public_app, trust_of
 from app.report import Listening, OrdersReply
 from app.settings import Settings
 from app.simulate import report_of
+from solver import Device
 from solver.samples import parse_samples, sample_node
 from tests.fakes import FakeKube, pod_json
 
@@ -297,11 +299,13 @@ async def test_an_agent_speaks_for_its_own_node(agents):
     assert list(agents.service.inventory) == ["n1"]
 
 
-@pytest.mark.parametrize("path", ["/v1/reports", "/v1/orders"])
+@pytest.mark.parametrize("path", ["/v1/reports", "/v1/orders", "/v1/exchange"])
 async def test_what_is_said_of_another_node_is_refused_and_changes_nothing(agents, path):
     for body in (full_report("n2"), {"node": "n2", "boot": "b", "version": 1}):
         if path == "/v1/orders":
             body = {"node": "n2", "boot": "b", "version": 1}
+        if path == "/v1/exchange":
+            body = {"node": "n2", "uid": "u", "give": [{"gpu": "A"}], "take": [{"gpu": "B"}]}
         answer = await agents.post(path, body)
         assert answer.status_code == 403
         assert answer.json()["detail"].startswith("this token speaks for node n1, not for n2")
@@ -309,8 +313,25 @@ async def test_what_is_said_of_another_node_is_refused_and_changes_nothing(agent
     assert agents.reports("refused") == (2 if path == "/v1/reports" else 0)
 
 
+async def test_an_exchange_is_answered_or_it_is_said_whether_it_was_perhaps_made(agents, monkeypatch):
+    asked = {"node": "n1", "uid": "u", "give": [{"gpu": "A"}], "take": [{"gpu": "B"}]}
+    answer = await agents.post("/v1/exchange", asked)
+    assert answer.status_code == 503
+    assert "not ready" in answer.json()["detail"]
+
+    monkeypatch.setattr(agents.service.handing, "_not_ready", list)
+    answer = await agents.post("/v1/exchange", asked)
+    assert (answer.status_code, answer.json()["granted"]) == (200, False)
+
+    gone = Moved(frozenset({Device("B")}), (), report_of(sample_node("n1", "8xL40S")))
+    monkeypatch.setattr(agents.service.handing, "_exchange", lambda _: gone)
+    assert (await agents.post("/v1/exchange", asked)).status_code == 500
+
+    assert (await agents.post("/v1/exchange", {**asked, "take": []})).status_code == 422
+
+
 @pytest.mark.parametrize("token", [None, "garbage"])
-@pytest.mark.parametrize("path", ["/v1/reports", "/v1/orders"])
+@pytest.mark.parametrize("path", ["/v1/reports", "/v1/orders", "/v1/exchange"])
 async def test_without_a_good_token_not_even_the_body_is_read(agents, path, token):
     answer = await agents.post(path, "x" * (2 << 20), token=token)
     assert answer.status_code == 401
