@@ -12,6 +12,19 @@ OPTIONS = (
 )
 
 
+Inode = tuple[int, int, int]
+"""Device, number and time of change: some file systems use a number again at once."""
+
+
+def inode_of(path: Path) -> Inode | None:
+    """Which file is there now; None where none is."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_ctime_ns
+
+
 def target(socket: Path) -> str:
     """The socket's address, as gRPC spells it."""
     return f"unix:{socket}"

@@ -31,7 +31,7 @@ import grpc.aio
 from app.agent.gift import CannotHand, Gift
 from app.agent.kubelet import deviceplugin_pb2 as api
 from app.agent.kubelet import deviceplugin_pb2_grpc as wire
-from app.agent.kubelet.channel import OPTIONS, target, words_of
+from app.agent.kubelet.channel import OPTIONS, Inode, inode_of, target, words_of
 from app.agent.kubelet.ids import Offered
 
 log = logging.getLogger(__name__)
@@ -60,8 +60,6 @@ CLOSE_SECONDS = 5.0
 LONGEST_WORDS = 1000  # of a refusal: they travel in a header
 
 Answer = TypeVar("Answer")
-Inode = tuple[int, int, int]
-"""Device, number and time of change: numbers are used again at once on some file systems."""
 NOTHING: Mapping[str, tuple[Offered, ...]] = MappingProxyType({})
 
 
@@ -394,15 +392,6 @@ class _Socket(wire.DevicePluginServicer):
         self._work.discard(task)
         if not task.cancelled():
             task.exception()  # said to the kubelet, if it still waits
-
-
-def inode_of(path: Path) -> Inode | None:
-    """Which file is there now; None where none is."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 def _now() -> float:

@@ -83,3 +83,16 @@ def test_a_restarted_kubelet_is_found_at_once(folder: Path, ask: Ask):
         pods.close()
         with pytest.raises(KubeletSilent):
             ask(resources)
+
+
+def test_a_kubelet_of_which_the_old_one_still_answers_is_asked(folder: Path, pods: Pods, ask: Ask):
+    """The old process may hang in its shutdown; its socket's place is the new one's."""
+    resources = PodResources(folder / "kubelet.sock")
+    pods.pods = [("ml", "before", {})]
+    ask(resources)
+    (folder / "kubelet.sock").rename(folder / "old.sock")
+    new = Pods(folder / "kubelet.sock")
+    new.pods = [("ml", "after", {})]
+
+    assert [pod.name for pod in ask(resources)] == ["after"]
+    new.close()
