@@ -12,6 +12,7 @@ import pytest
 
 from app.errors import Unknown
 from app.handing import Unanswered
+from app.handing import _device as _known
 from app.report import DeviceAt, ExchangeReply, Handed
 from app.simulate import report_of
 from app.translate import PLACEMENT_ANNOTATION, Written, read_placement
@@ -456,6 +457,66 @@ async def test_exchanges_keep_the_law(seed):
             hands.hand(*has.values())
         assert yes > 10
         assert world.service.handing.followed == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_ledger_annotations_and_containers_agree_in_the_end_through_restarts_and_lost_answers(seed):
+    """A kubelet admits pods with ids of its own choice, the API server fails at random, the service restarts."""
+    chance = random.Random(seed)
+    kind = "4xA100PCIe-mig2"
+    node = sample_node("a", kind)
+    places = [DeviceAt(gpu=gpu.uuid) for gpu in node.gpus[:2]]
+    places += [DeviceAt(gpu=gpu.uuid, profile="1g.10gb", start=start) for gpu in node.gpus[2:] for start in range(7)]
+    world, has, number, exchanged = a_world(kind), dict[str, Handed](), 0, 0
+
+    def fails(_: str = "") -> None:
+        if chance.random() < 0.2:
+            raise Unknown("the API server is away")
+
+    for round_ in range(3):
+        if round_:
+            world = World(world.nodes, on=world.kube, lease_seconds=1000, idle_slice_seconds=0)
+            world.kube.objects["leases"].clear()
+        async with world.running():
+            hands = plugin_on(world, kind, handed=tuple(has.values()), boot=f"boot {round_}")
+            world.kube.before["annotate_pod"] = world.kube.after["annotate_pod"] = fails
+            for _ in range(15):
+                number += 1
+                world.add_pod(f"p{number}", {chance.choice([GPU, SMALL, SMALL, SMALL]): "1"})
+                await world.bind(f"p{number}", "a")
+                told = await hands.placements()
+                waiting = [pod for pod in told if pod not in has and world.kube.pod(pod)["spec"].get("nodeName")]
+                for pod in chance.sample(waiting, min(2, len(waiting))):
+                    give, counted = told[pod].devices[0], [each.devices[0] for each in has.values()]
+                    take = chance.choice([at for at in places if at.profile == give.profile and at not in counted])
+                    reply = await hands.exchange(pod, give, take) if take != give else None
+                    yes = take == give or (isinstance(reply, ExchangeReply) and reply.granted)
+                    exchanged += yes and take != give
+                    got = take if yes else give
+                    if got not in counted:
+                        has[pod] = handed(pod, got, how="placed" if yes else "overridden")
+                    hands.hand(*has.values())
+                    told = await hands.placements()
+                for pod in chance.sample(list(has), len(has) // 4):
+                    world.kube.change_pod(pod, lambda each: each["status"].update(phase="Succeeded"))
+                    del has[pod]
+                    await world.until(lambda ended=pod, at=world: not at.devices(ended))
+                world.service._order()
+            world.kube.before.clear()
+            world.kube.after.clear()
+            hands.hand(*has.values())
+            for pod, each in has.items():
+                assert world.devices(pod) == tuple(str(_known(at)) for at in each.devices)
+            assert beyond_the_law(node, world.service.ledger.taken("a")) == []
+            await all_are_written(world)
+            assert not world.service.truth.unexplained
+    assert exchanged > 10
+
+
+async def all_are_written(world: World) -> None:
+    """Each bound pod's annotation comes to say what the ledger says."""
+    names = [hold.pod.name for hold in world.service.ledger.on("a") if hold.phase.value == "held"]
+    await world.until(lambda: all(written(world, each) == world.devices(each) for each in names))
 
 
 def _told_by_the_ledger(world: World) -> set[tuple[DeviceAt, ...]]:
