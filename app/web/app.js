@@ -181,7 +181,7 @@ function podHaystack(pod) {
 
 /** Everything of a node that is drawn; the age of its report is not, or each card would change every second. */
 function nodeSignature(node) {
-  return JSON.stringify([node.name, node.offered, node.reason, node.product, isSilent(node), node.gpus, strays(node), node.orders, node.slices, node.handing]);
+  return JSON.stringify([node.name, node.offered, node.reason, node.product, isSilent(node), node.gpus, strays(node), node.orders, node.slices, { ...node.handing, counts: null }]);
 }
 
 const isSilent = (node) => (node.reported_seconds_ago ?? 0) > SILENT_SECONDS;
