@@ -177,7 +177,6 @@ class Views:
         return {
             "by": report.hands if report else None,
             "none": report.hands_none if report else "",
-            "counts": report.handing if report else {},
             "shares": _not_enforced(report) if shared else "",
             "counts": dict(report.handing) if report else {},
             "differ": [_differing(each) for each in self._handing.differing(name)],
