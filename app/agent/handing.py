@@ -147,7 +147,7 @@ class Handing:
         self._refused: frozenset[str] = frozenset()
         self._counts: Counter[str] = Counter()
         self._silent = ""
-        self._nobody: tuple[str, int, float] = ("", 0, 0.0)
+        self._preferred = _Preferred()
         self._unsaved = ""
         self._said: Said | None = None
 
@@ -215,9 +215,8 @@ class Handing:
     ) -> Sequence[str]:
         """The ids that it should take: those of the placement."""
         async with self._one_at_a_time:
-            scene, match, _ = await self._find(resource, size, ())
-            if match is None:
-                self._nobody = (resource, size, self._clock())
+            scene, match, waited = await self._find(resource, size, ())
+            self._preferred = _Preferred(resource, size, self._clock(), match is None, waited)
             return preferred(scene, match, resource, frozenset(available), must_include, size)
 
     async def allocate(self, resource: str, ids: Sequence[str]) -> Gift:
@@ -235,11 +234,10 @@ class Handing:
 
     async def _find(self, resource: str, size: int, ids: Sequence[str]) -> tuple[Scene, Match | None, bool]:
         """Whose call it is, whether that had to be waited for. None: nobody's whom the service has named in time."""
-        until = self._clock() + self._waits.name
-        asked, of, at = self._nobody
-        if (asked, of) == (resource, size) and self._clock() - at < SAME_CALL_SECONDS:
-            until = self._clock()  # that was waited for a moment ago, when a preference was asked for
-        waited = False
+        before = self._preferred
+        same = (before.resource, before.size) == (resource, size) and self._clock() - before.at < SAME_CALL_SECONDS
+        until = self._clock() + (0.0 if same and before.nobody else self._waits.name)
+        waited = same and before.waited
         while True:
             seen = self._news.count
             scene = await self._look()
@@ -422,6 +420,20 @@ class _Granted:
         """Whether a list is of before it: it does not show it, and could have been on its way."""
         unseen = any(pod.uid == self.uid and not set(self.take) <= set(pod.devices) for pod in pods)
         return unseen and now - self.at < ON_ITS_WAY_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class _Preferred:
+    """The last preference that was asked for, when, and whether somebody was found and had to be waited for.
+
+    The kubelet allocates right after it; what was waited for then need not be waited for again.
+    """
+
+    resource: str = ""
+    size: int = 0
+    at: float = 0.0
+    nobody: bool = False
+    waited: bool = False
 
 
 class _News:

@@ -11,15 +11,18 @@ The kubelet's freedom is `choose`: which of the available ids it takes, whatever
 from __future__ import annotations
 
 import asyncio
+import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
+from typing import TypeVar
 
 from app.agent.gift import CannotHand, Gift
 from app.agent.handing import Handing, Waits
-from app.agent.kubelet.ids import devices_of, offered, resource_of
+from app.agent.kubelet.ids import offered, resource_of
 from app.agent.kubelet.pod_resources import ContainerHas, KubeletSilent, PodHas
 from app.agent.record import RecordFile
 from app.agent.service import ReportError
@@ -40,6 +43,7 @@ from tests.builders import mig_node, node
 
 AT_ONCE = Waits(name=0, room=0, ready=0, answer=0, reach=0, again=0, look=0)
 
+T = TypeVar("T")
 Choose = Callable[[Sequence[str], Sequence[str], int], Sequence[str]]
 Cells = frozenset[tuple[str, int]]
 
@@ -105,6 +109,10 @@ def taking(*ids: str) -> Choose:
     return lambda available, preferred, size: [id_ for id_ in ids if id_ in available][:size]
 
 
+Resources = Mapping[str, Sequence[str]]
+Ids = list[str]
+
+
 class Kubelet:
     """The device manager's rules: who asks in which order, what is counted for whom, what is listed."""
 
@@ -142,7 +150,7 @@ class Kubelet:
         self.pods.pop(uid, None)
         self.counted = {key: ids for key, ids in self.counted.items() if key[0] != uid}
 
-    async def admit(self, pod: Pod, handing: Handing, healthy: dict[str, list[str]], choose: Choose) -> dict[str, Gift]:
+    async def admit(self, pod: Pod, handing: Handing, healthy: Resources, choose: Choose) -> dict[str, Gift]:
         """Container by container; what each got. Raises `CannotHand` and forgets what it counted."""
         self.pods[pod.uid] = pod
         reusable: dict[str, list[str]] = {}
@@ -165,8 +173,8 @@ class Kubelet:
         return gifts
 
     async def _take(
-        self, resource: str, size: int, again: list[str], handing: Handing, healthy: list[str], choose: Choose
-    ) -> list[str]:
+        self, resource: str, size: int, again: Ids, handing: Handing, healthy: Sequence[str], choose: Choose
+    ) -> Ids:
         used = set(chain.from_iterable(ids for key, ids in self.counted.items() if key[2] == resource))
         available = [id_ for id_ in healthy if id_ not in used]
         needed = size - len(again)
@@ -177,9 +185,11 @@ class Kubelet:
         preferred: Sequence[str] = ()
         if len(available) > needed:
             preferred = await handing.prefer(resource, available + again, again, size)
-            assert len(preferred) <= size and set(again) <= set(preferred) <= {*available, *again}
+            assert len(preferred) <= size
+            assert set(again) <= set(preferred) <= {*available, *again}
         ids = list(choose(available, preferred, needed))
-        assert len(ids) == needed and set(ids) <= set(available)
+        assert len(ids) == needed
+        assert set(ids) <= set(available)
         return ids
 
 
@@ -264,7 +274,7 @@ def devices_in(gift: Gift) -> tuple[DeviceAt, ...]:
 
 
 class World:
-    """Everything together, with time standing still. `told`: whether the agent is told at once what the service does."""
+    """Everything together, with time standing still. `told`: whether the agent hears at once what the service does."""
 
     def __init__(self, report: NodeReport | None = None, *, waits: Waits = AT_ONCE, told: bool = True) -> None:
         self.loop = asyncio.new_event_loop()
@@ -277,11 +287,16 @@ class World:
         self.running: dict[str, dict[str, tuple[DeviceAt, ...]]] = {}
         self.now = 1000.0
         self.numbers = count(1)
-        self.restart()
+        self.counted: Counter[str] = Counter()
+        self.handing = self._agent()
 
     def restart(self) -> None:
         """Another agent on the same node, with what the last one has kept."""
-        self.handing = Handing(
+        self.counted.update(self.handing.said().counts)
+        self.handing = self._agent()
+
+    def _agent(self) -> Handing:
+        return Handing(
             report=self.report,
             kubelet=self.kubelet,
             giver=Giver(),
@@ -296,6 +311,7 @@ class World:
         return self.now
 
     def close(self) -> None:
+        shutil.rmtree(self.directory)
         self.loop.run_until_complete(self.loop.shutdown_default_executor())
         self.loop.close()
 
@@ -342,7 +358,7 @@ class World:
         self.look()
         return got
 
-    def run(self, awaitable):  # type: ignore[no-untyped-def]
+    def run(self, awaitable: Coroutine[object, object, T]) -> T:
         return self.loop.run_until_complete(awaitable)
 
     def end(self, pod: Pod) -> None:
@@ -359,7 +375,8 @@ class World:
     # ---- what is the case ----
 
     def counts(self) -> dict[str, int]:
-        return dict(self.handing.said().counts)
+        """Of all agents that there have been."""
+        return dict(self.counted + Counter(self.handing.said().counts))
 
     def hows(self) -> dict[str, str]:
         return {one.name: one.how for one in self.handing.said().handed}
@@ -394,8 +411,3 @@ def _as_used(gpu: Gpu, wanted: set[DeviceAt], used: dict[DeviceAt, str]) -> Gpu:
         for number, one in enumerate(places)
     )
     return gpu.model_copy(update={"mig": gpu.mig.model_copy(update={"instances": instances})})
-
-
-def ids_mean(resource: str, ids: Sequence[str], report: NodeReport) -> tuple[DeviceAt, ...]:
-    """What the kubelet counts."""
-    return devices_of(resource, ids, report)

@@ -59,8 +59,9 @@ class Node(RuleBasedStateMachine):
         size=st.integers(1, 3),
         first=st.sampled_from(["none", "init", "sidecar"]),
         split=st.booleans(),
+        now=st.one_of(st.none(), choices),
     )
-    def place(self, start: int, size: int, first: str, split: bool) -> None:
+    def place(self, start: int, size: int, first: str, split: bool, now: Choose | None) -> None:
         """The service finds room and takes it: of one kind, as much as there is."""
         taken = self.world.service.taken()
         kind = PLACES[start % len(PLACES)].profile
@@ -72,6 +73,8 @@ class Node(RuleBasedStateMachine):
                 taken |= its
         if devices:
             self._place(devices, first, split)
+        if devices and now is not None:
+            self.admit_one(len(self.pending) - 1, now)
 
     def _place(self, devices: list[DeviceAt], first: str, split: bool) -> None:
         resource = self._resource(devices[0])
@@ -99,8 +102,8 @@ class Node(RuleBasedStateMachine):
     def _resource(device: DeviceAt) -> str:
         return f"nvidia.com/mig-{device.profile}" if device.profile else GPU_RESOURCE
 
-    @rule(resource=st.sampled_from(RESOURCES), size=st.integers(1, 2), named=st.booleans())
-    def come_by_itself(self, resource: str, size: int, named: bool) -> None:
+    @rule(resource=st.sampled_from(RESOURCES), size=st.integers(1, 2), named=st.booleans(), choose=choices)
+    def come_by_itself(self, resource: str, size: int, named: bool, choose: Choose) -> None:
         """Past Tangram; whether its service has seen it or not."""
         pod = self.world.pod(self._name(), Container("main", {resource: size}))
         if named:
@@ -108,10 +111,15 @@ class Node(RuleBasedStateMachine):
             self.world.tell()
         self.unplaced[pod.uid] = pod
         self.pending.append(pod)
+        self.admit_one(len(self.pending) - 1, choose)
 
     @precondition(lambda self: self.pending)
     @rule(which=st.integers(0, 30), choose=choices)
     def admit(self, which: int, choose: Choose) -> None:
+        self.admit_one(which, choose)
+
+    def admit_one(self, which: int, choose: Choose) -> None:
+        """Which kubelets do in any order."""
         pod = self.pending.pop(which % len(self.pending))
         if pod.uid in self.placed and pod.uid not in self.world.service.pods:
             return
@@ -126,7 +134,7 @@ class Node(RuleBasedStateMachine):
             self.world.running.pop(pod.uid, None)
             return
         given = set(chain.from_iterable(got.values()))
-        sure = not self.world.kubelet.silent and not self.half_gone  # nobody else can seem to be asking
+        sure = self.world.told and not self.world.kubelet.silent and not self.half_gone  # nobody else can seem to ask
         if pod.uid in self.placed and sure:
             assert given == set(self.world.service.pods[pod.uid].devices), "each placed pod gets its ledger's devices"
         self._agree(pod, given)
