@@ -41,6 +41,7 @@ from app.agent.matching import (
     preferred,
     settle,
     who,
+    with_uids,
 )
 from app.agent.record import RecordFile
 from app.agent.service import ReportError
@@ -166,6 +167,9 @@ class Handing:
                 pods = exchanged(pods, one.uid, one.give, one.take)
             self._pods = pods
             self._placements = placements
+            held = with_uids(self._held, pods)
+            if held != self._held:
+                self._held, self._said = held, None
             self._refused &= {pod.uid for pod in pods}
             self._save()
         self._news.ring()

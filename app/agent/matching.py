@@ -7,7 +7,7 @@ was handed out, and what the kubelet lists. Everything here is a function of a s
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal
 
@@ -541,6 +541,7 @@ def settle(scene: Scene, asked_at: float, now: float) -> tuple[Held, ...]:
     """
     if scene.kubelet is None:
         return scene.held
+    scene = replace(scene, held=with_uids(scene.held, scene.pods))
     uids = {(pod.namespace, pod.name): pod.uid for pod in scene.pods}
     shown = {place: ids for place, ids in scene.kubelet.places() if is_ours(place.resource)}
     explained = {one.place for one in scene.held if _explains(one, shown, uids) or one.since >= asked_at}
@@ -557,7 +558,7 @@ def settle(scene: Scene, asked_at: float, now: float) -> tuple[Held, ...]:
             or _is_known(one, scene, uids)
             or (not one.name and now - one.since < NAMELESS_SECONDS)
         ):
-            kept.append(_with_uid(one, uids))
+            kept.append(one)
     known = {one.place for one in kept}
     adopted = (_adopted(place, shown[place], scene, uids) for place in orphans.values() if place not in known)
     return tuple(sorted((*kept, *(one for one in adopted if one is not None)), key=by_name))
@@ -581,7 +582,9 @@ def _is_known(one: Held, scene: Scene, uids: Mapping[tuple[str, str], str]) -> b
     if containers is None:
         return False
     listed = containers.get(one.container)
-    return listed is None or set(listed.get(one.resource, ())) == set(one.ids)
+    if listed is None:
+        return bool(one.uid)  # an init container's; one without a UID is known from the kubelet's list alone
+    return set(listed.get(one.resource, ())) == set(one.ids)
 
 
 def _moved(one: Held, owner: Place, uids: Mapping[tuple[str, str], str]) -> Held:
@@ -591,10 +594,16 @@ def _moved(one: Held, owner: Place, uids: Mapping[tuple[str, str], str]) -> Held
     )
 
 
-def _with_uid(one: Held, uids: Mapping[tuple[str, str], str]) -> Held:
-    """The service may name a pod only after the kubelet has."""
-    uid = one.uid or uids.get((one.namespace, one.name), "")
-    return one if uid == one.uid else one.model_copy(update={"uid": uid})
+def with_uids(held: tuple[Held, ...], pods: Iterable[PodAt]) -> tuple[Held, ...]:
+    """The service names some pods only after they were handed devices: it is who has the name, and has just those."""
+    named = {(pod.namespace, pod.name): pod for pod in pods}
+    return tuple(_with_uid(one, named.get((one.namespace, one.name))) for one in held)
+
+
+def _with_uid(one: Held, pod: PodAt | None) -> Held:
+    if one.uid or pod is None or not set(one.devices) <= set(pod.devices):
+        return one
+    return one.model_copy(update={"uid": pod.uid})
 
 
 def _adopted(place: Place, ids: Ids, scene: Scene, uids: Mapping[tuple[str, str], str]) -> Held | None:
