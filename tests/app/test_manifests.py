@@ -1,5 +1,6 @@
 """What is committed in `manifests/` follows from the code, and the two agree on every name."""
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from app.agent.agent import run_agent
 from app.certs import SECRET_NAME, service_dns_names
 from app.errors import BadInput
 from app.manifests import (
@@ -172,6 +174,22 @@ def test_agent_calls_the_service_that_is_shipped() -> None:
     for option in ("--token-file", "--ca-file"):
         assert str(Path(options[option]).parent) in mounts
     assert options["--state-dir"] in mounts
+
+
+def test_agent_reaches_the_kubelet_where_it_listens_and_keeps_what_it_has_handed_out() -> None:
+    """Folders of the host at the paths that are the options' defaults: the kubelet makes its sockets anew."""
+    pod = documents("base/agent.yaml")["DaemonSet"]["spec"]["template"]["spec"]
+    (agent,) = pod["containers"]
+    hosts = {volume["name"]: volume["hostPath"]["path"] for volume in pod["volumes"] if "hostPath" in volume}
+    mounts = {mount["mountPath"]: hosts.get(mount["name"]) for mount in agent["volumeMounts"]}
+    kubelet = "/var/lib/kubelet"
+
+    assert "--hand=plugin" in agent["args"]
+    for path in (f"{kubelet}/device-plugins", f"{kubelet}/pod-resources", "/var/run/cdi", "/var/lib/tangram"):
+        assert mounts[path] == path
+    defaults = inspect.signature(run_agent).parameters
+    assert defaults["kubelet_dir"].default == Path(kubelet)
+    assert defaults["cdi_dir"].default == Path("/var/run/cdi")
 
 
 def test_agents_token_and_ca_are_those_that_the_service_expects() -> None:
