@@ -112,9 +112,7 @@ def _shares(resource: str, ids: Sequence[str], gpus: Mapping[str, Gpu]) -> tuple
 
 def _milli(resource: str, count: int, gpu: Gpu) -> int:
     """Thousandths, rounded up as the service rounds memory that is asked for."""
-    if resource == SHARE_RESOURCE:
-        count = -(-count * MIB_PER_GIB * GPU_MILLI // gpu.memory_mib)
-    return min(count, GPU_MILLI)
+    return count if resource == SHARE_MILLI_RESOURCE else -(-count * MIB_PER_GIB * GPU_MILLI // gpu.memory_mib)
 
 
 def _known(resource: str, id_: str, uuid: str, gpus: Mapping[str, Gpu]) -> Gpu:

@@ -496,6 +496,7 @@ def test_closed_before_it_was_started_it_serves_nothing(folder: Path, hands: Our
     plugins.start()
     plugins._thread.join(10)
 
+    assert not plugins._thread.is_alive()
     assert sockets(folder) == []
 
 
