@@ -175,7 +175,7 @@ func (k *kubelet) endContainer(ctx context.Context, id, reason string) {
 
 // tell patches the pod's status until the API server has taken it or the pod has gone.
 func (k *kubelet) tell(ctx context.Context, pod *v1.Pod, status v1.PodStatus) {
-	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{"uid": pod.UID}, "status": status})
+	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{"uid": pod.UID}, "status": whole(status)})
 	if err != nil {
 		panic(err)
 	}
@@ -184,6 +184,20 @@ func (k *kubelet) tell(ctx context.Context, pod *v1.Pod, status v1.PodStatus) {
 			ctx, pod.Name, types.StrategicMergePatchType, patch, metav1.PatchOptions{}, "status")
 		return err
 	})
+}
+
+// whole has null for what the status no longer says, so that a patch takes it away, as upstream's patch of the
+// difference does: of a pod that ran before and is refused after a restart no container is said to run.
+func whole(status v1.PodStatus) map[string]any {
+	text, err := json.Marshal(status)
+	if err != nil {
+		panic(err)
+	}
+	said := map[string]any{"containerStatuses": nil, "initContainerStatuses": nil, "reason": nil, "message": nil}
+	if err := json.Unmarshal(text, &said); err != nil {
+		panic(err)
+	}
+	return said
 }
 
 // deletePod takes a pod that has ended out of the API.
