@@ -286,15 +286,18 @@ class Give:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """The kubelet counts `take`, not `give`: ask for an exchange. `both`: what is the container's in any case."""
+    """The kubelet counts `take`, not `give`: ask for an exchange. `both`: what is the container's in any case, and
+    whether (`true`) the kubelet counts that."""
 
     give: Devices
     take: Devices
     both: Devices
+    true: bool = True
 
     def granted(self, *, swapped: bool) -> Give:
         """What follows from a yes."""
-        return Give(self.both + self.take, "swapped" if swapped else "free")
+        how: Handing = "swapped" if swapped else "free"
+        return Give(self.both + self.take, how if self.true else "overridden")
 
     def refused(self) -> Give:
         """What follows from a no: the placement wins."""
@@ -325,11 +328,14 @@ def decide(scene: Scene, match: Match | None, resource: str, ids: Sequence[str])
     if len(rest) < len(taken):
         return Not(f"{_of(match)} asks for {len(ids)} of {resource}, and Tangram has placed {len(rest)} for it")
     both = tuple(device for device in taken if device in rest)
-    if both == taken:
-        return Give(taken, "placed")
     spare = tuple(device for device in rest if device not in both)
-    strangers = tuple(device for device in taken if device not in both)
-    return Ask(give=spare[: len(strangers)], take=strangers, both=both)
+    # What the kubelet counts here is another container's of this pod where it counts something else there: no exchange.
+    siblings = [device for device in taken if device not in both and device in match.pod.devices]
+    strangers = tuple(device for device in taken if device not in both and device not in siblings)
+    both, spare = both + spare[: len(siblings)], spare[len(siblings) :]
+    if strangers:
+        return Ask(give=spare[: len(strangers)], take=strangers, both=both, true=not siblings)
+    return Give(both, "overridden" if siblings else "placed")
 
 
 def _again(before: Held, taken: Devices) -> Give:
@@ -350,8 +356,8 @@ def _share(rest: Devices, taken: Devices, match: Match) -> Give | Ask | Not:
 def rest_of(scene: Scene, match: Match, resource: str, size: int) -> Devices:
     """The pod's placed devices that no container beside this one keeps; an ordinary init container's may be used again.
 
-    Which containers are ordinary init containers is seen by the kubelet not listing them; while it is silent all are
-    taken to keep theirs, unless there would then be too few.
+    Which containers are ordinary init containers is seen by the kubelet not listing them. While it is silent all are
+    taken to keep theirs: what was handed in the name of this pod may then be another's.
     """
     placed = of_resource(match.pod.devices, resource)
     containers = scene.containers(match.pod.namespace, match.pod.name)
@@ -367,8 +373,6 @@ def rest_of(scene: Scene, match: Match, resource: str, size: int) -> Devices:
             left.remove(device)
     if resource in SHARES:
         return _share_of(left, resource, size)
-    if len(left) < size and containers is None:
-        left = list(placed)
     used = [device for one in siblings for device in one.devices]  # the kubelet uses an init container's first
     return tuple(sorted(left, key=lambda device: device not in used))
 
@@ -539,11 +543,12 @@ def settle(scene: Scene, asked_at: float, now: float) -> tuple[Held, ...]:
     record of a pod that neither service nor kubelet knows any more goes. Ids that no record explains (an agent without
     its file, a plugin before this one) are taken as they read.
     """
-    if scene.kubelet is None:
+    kubelet = scene.kubelet
+    if kubelet is None:
         return scene.held
     scene = replace(scene, held=with_uids(scene.held, scene.pods))
     uids = {(pod.namespace, pod.name): pod.uid for pod in scene.pods}
-    shown = {place: ids for place, ids in scene.kubelet.places() if is_ours(place.resource)}
+    shown = {place: ids for place, ids in kubelet.places() if is_ours(place.resource)}
     explained = {one.place for one in scene.held if _explains(one, shown, uids) or one.since >= asked_at}
     orphans = {(place.resource, frozenset(ids)): place for place, ids in shown.items() if place not in explained}
     kept: list[Held] = []
@@ -581,10 +586,9 @@ def _is_known(one: Held, scene: Scene, uids: Mapping[tuple[str, str], str]) -> b
     containers = scene.containers(one.namespace, one.name)
     if containers is None:
         return False
-    listed = containers.get(one.container)
-    if listed is None:
-        return bool(one.uid)  # an init container's; one without a UID is known from the kubelet's list alone
-    return set(listed.get(one.resource, ())) == set(one.ids)
+    siblings = [each for each in scene.held if one.uid and each.uid == one.uid and each.container in containers]
+    shown = [one] if one.container in containers else siblings  # an init container's: while the others' are
+    return any(set(containers[each.container].get(each.resource, ())) == set(each.ids) for each in shown)
 
 
 def _moved(one: Held, owner: Place, uids: Mapping[tuple[str, str], str]) -> Held:

@@ -146,11 +146,17 @@ class Node(RuleBasedStateMachine):
         self.world.agree()
         said = [one for one in self.world.handing.said().handed if one.name == pod.name]
         assert given == {device for one in said for device in one.devices}, "the report says what containers have"
-        pods = self.world.service.pods
-        pods[pod.uid] = pod.at(given)
-        its = set(self.world.service.cells(given))
+        pods, by_name = self.world.service.pods, {one.name: one for one in self.world.kubelet.pods.values()}
+        handed: dict[str, set[DeviceAt]] = {}
+        for each in self.world.handing.said().handed:
+            uid = each.uid or by_name[each.name].uid
+            handed[uid] = handed.get(uid, set()) | set(each.devices)
+        for uid, devices in handed.items():
+            if uid in self.world.running:
+                pods[uid] = (self.placed.get(uid) or self.unplaced[uid]).at(devices)
+        its = set(self.world.service.cells(chain.from_iterable(handed.values())))
         for other in list(pods.values()):
-            if other.uid != pod.uid and its & set(self.world.service.cells(other.devices)):
+            if other.uid not in handed and its & set(self.world.service.cells(other.devices)):
                 assert other.uid not in self.world.running
                 del pods[other.uid]
         self.world.tell()

@@ -156,6 +156,14 @@ def test_what_a_sibling_keeps_is_not_given_twice_but_an_init_containers_may_be()
     assert preferred(Scene(REPORT, (a,), (first,), sidecar), match(a), GPU, ["w-0", "w-1", "w-2"], [], 1) == ("w-1",)
 
 
+def test_what_the_kubelet_takes_from_a_sibling_that_it_counts_wrongly_is_not_asked_for() -> None:
+    """The sibling has w-1, whatever is counted for it; there is one device left for this container."""
+    a = pod("a", whole("w-0"), whole("w-1"), asks={"one": 1, "main": 1})
+    one = held(a, whole("w-1"), container="one", ids=("w-3",))
+    listed = Listed({("default", "a"): {"one": {GPU: ("w-3",)}, "main": {}}})
+    assert decide(Scene(REPORT, (a,), (one,), listed), match(a), GPU, ["w-1"]) == Give((whole("w-0"),), "overridden")
+
+
 def test_a_stale_list_gives_nothing_in_words() -> None:
     a = pod("a", whole("w-0"), asks={"main": 2})
     assert isinstance(decide(Scene(REPORT, (a,)), match(a), GPU, ["w-0", "w-1"]), Not)
