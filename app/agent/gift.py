@@ -71,6 +71,11 @@ class Giver:
         self._cdi = cdi
         self._mps = mps
 
+    @property
+    def whole(self) -> bool:
+        """Whether each answer must carry all devices of its container: the kubelet keeps one value of a variable."""
+        return self._cdi is None
+
     def gift(self, devices: Sequence[DeviceAt], report: NodeReport, *, memory_mib: int | None = None) -> Gift:
         """What a container with these devices is given; `memory_mib` where it asked for a share by memory.
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from app.agent.gift import CannotHand, Gift
-from app.agent.kubelet.ids import MIB_PER_GIB, SHARE_RESOURCE
+from app.agent.kubelet.ids import MIB_PER_GIB, SHARE_RESOURCE, id_of
 from app.agent.matching import (
     Ask,
     Devices,
@@ -33,9 +33,11 @@ from app.agent.matching import (
     Match,
     Not,
     Scene,
+    beside,
     blocked,
     by_name,
     decide,
+    decide_whole,
     exchanged,
     in_first_seen_order,
     preferred,
@@ -93,6 +95,11 @@ class Lists(Protocol):
 class Gives(Protocol):
     """Turns devices into what the container is given (`gift.Giver`)."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether each answer must carry all devices of its container."""
+        ...
+
     def gift(self, devices: Sequence[DeviceAt], report: NodeReport, *, memory_mib: int | None = None) -> Gift:
         """Raises `CannotHand` where a device is not there yet."""
         ...
@@ -149,6 +156,8 @@ class Handing:
         self._counts: Counter[str] = Counter()
         self._silent = ""
         self._preferred = _Preferred()
+        self._promised: dict[tuple[str, str, str], Devices] = {}
+        """What containers were told of resources that the kubelet has yet to ask for: by pod, container, resource."""
         self._unsaved = ""
         self._said: Said | None = None
 
@@ -221,6 +230,9 @@ class Handing:
         async with self._one_at_a_time:
             scene, match, waited = await self._find(resource, size, ())
             self._preferred = _Preferred(resource, size, self._clock(), match is None, waited)
+            promised = self._promised_to(match, resource)
+            if promised is not None:
+                return [id_ for id_ in map(id_of, promised) if id_ in available]
             return preferred(scene, match, resource, frozenset(available), must_include, size)
 
     async def allocate(self, resource: str, ids: Sequence[str]) -> Gift:
@@ -229,12 +241,34 @@ class Handing:
             _, match, waited = await self._find(resource, len(ids), ids)
             try:
                 give = await self._choose(match, resource, ids)
-                gift = await self._gift(give, match, resource, len(ids))
+                others = self._beside(match, resource)
+                gift = await self._gift(give, others.values(), resource, len(ids))
                 self._hand(give, match, resource, ids, "waited" if waited and _is_new(match) else _rule(match))
             except CannotHand as error:
                 self._refuse(match, resource, ids, str(error))
                 raise
+            self._promise(match, resource, others)
             return gift
+
+    def _beside(self, match: Match | None, resource: str) -> dict[str, Devices]:
+        """What else must be in the answer, by resource."""
+        if match is None or not self._giver.whole:
+            return {}
+        with self._lock:
+            scene = Scene(self._report, self._pods, self._held)
+        told = {other: self._promised_to(match, other) for other in beside(scene, match, resource)}
+        return {other: told[other] or devices for other, devices in beside(scene, match, resource).items()}
+
+    def _promised_to(self, match: Match | None, resource: str) -> Devices | None:
+        return self._promised.get((match.pod.uid, match.container, resource)) if match is not None else None
+
+    def _promise(self, match: Match | None, resource: str, others: Mapping[str, Devices]) -> None:
+        if match is not None:
+            self._promised.pop((match.pod.uid, match.container, resource), None)
+            for other, devices in others.items():
+                self._promised[match.pod.uid, match.container, other] = devices
+            known = {pod.uid for pod in self._pods}
+            self._promised = {key: devices for key, devices in self._promised.items() if key[0] in known}
 
     async def _find(self, resource: str, size: int, ids: Sequence[str]) -> tuple[Scene, Match | None, bool]:
         """Whose call it is, whether that had to be waited for. None: nobody's whom the service has named in time."""
@@ -272,7 +306,10 @@ class Handing:
             seen = self._news.count
             scene = await self._look()
             match = _as_known_now(match, scene)
-            choice = decide(scene, match, resource, ids)
+            if self._giver.whole:
+                choice = decide_whole(scene, match, resource, ids, self._promised_to(match, resource))
+            else:
+                choice = decide(scene, match, resource, ids)
             if isinstance(choice, Ask) and match is not None:
                 if choice not in answers:
                     answers[choice] = await self._ask(match, choice)
@@ -327,14 +364,17 @@ class Handing:
                 self._pods = exchanged(self._pods, one.uid, one.give, one.take)
             self._granted += moves
 
-    async def _gift(self, give: Give, match: Match | None, resource: str, size: int) -> Gift:
+    async def _gift(self, give: Give, others: Iterable[Devices], resource: str, size: int) -> Gift:
         """What the container is given, once all of it is there. What nobody has ordered is not waited for."""
+        devices = give.devices
+        for more in others:
+            devices = tuple(sorted((*devices, *more), key=id_of))  # the same in each answer
         until = self._clock() + (self._waits.ready if give.how != "unplaced" else 0.0)
         memory_mib = size * MIB_PER_GIB if resource == SHARE_RESOURCE else None
         while True:
             seen = self._news.count
             try:
-                return self._giver.gift(give.devices, self._report, memory_mib=memory_mib)
+                return self._giver.gift(devices, self._report, memory_mib=memory_mib)
             except CannotHand:
                 if self._clock() >= until:
                     raise

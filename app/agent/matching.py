@@ -338,6 +338,39 @@ def decide(scene: Scene, match: Match | None, resource: str, ids: Sequence[str])
     return Give(both, "overridden" if siblings else "placed")
 
 
+def beside(scene: Scene, match: Match, resource: str) -> dict[str, Devices]:
+    """By resource, what the container has or is to have of the other resources that it asks for."""
+    asks = next((ask.resources for ask in match.pod.containers if ask.name == match.container), {})
+    found: dict[str, Devices] = {}
+    for other, count in sorted(asks.items()):
+        if other != resource and count and is_ours(other):
+            held = scene.held_by(match.pod.uid, match.container, other)
+            found[other] = held.devices if held else rest_of(scene, match, other, count)[:count]
+    return found
+
+
+def decide_whole(
+    scene: Scene, match: Match | None, resource: str, ids: Sequence[str], promised: Devices | None
+) -> Give | Ask | Not:
+    """`decide`, where each answer must carry all devices of its container (`Giver.whole`).
+
+    Where a container asks for several resources its devices are fixed with the first answer, as `promised` says of the
+    later ones: the placement, without an exchange.
+    """
+    choice = decide(scene, match, resource, ids)
+    if match is None or match.again is not None or isinstance(choice, Not) or not beside(scene, match, resource):
+        return choice
+    if not match.pod.devices:
+        return Not(
+            f"{_of(match)} asks for several resources, and Tangram has not placed it; one environment variable names all "
+            "devices of a container, and the others are not known yet (--hand-over=cdi has no such limit)"
+        )
+    if promised is not None:
+        true = {id_of(device) for device in promised} == set(ids)
+        return Give(promised, "placed" if true else "overridden")
+    return choice.refused() if isinstance(choice, Ask) else choice
+
+
 def _again(before: Held, taken: Devices) -> Give:
     if set(taken) == set(before.devices):
         return Give(before.devices, "placed" if before.how == "overridden" else before.how)

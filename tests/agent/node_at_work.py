@@ -249,7 +249,10 @@ class ServiceLike:
 
 
 class Giver:
-    """Gives what the report has: a slice needs a UUID."""
+    """Gives what the report has: a slice needs a UUID. `whole` as by environment, not by CDI."""
+
+    def __init__(self, *, whole: bool = False) -> None:
+        self.whole = whole
 
     def gift(self, devices: Sequence[DeviceAt], report: NodeReport, *, memory_mib: int | None = None) -> Gift:
         there = {device for gpu in report.gpus for device in _there(gpu)}
@@ -276,6 +279,8 @@ def devices_in(gift: Gift) -> tuple[DeviceAt, ...]:
 class World:
     """Everything together, with time standing still. `told`: whether the agent hears at once what the service does."""
 
+    by_environment = False
+
     def __init__(self, report: NodeReport | None = None, *, waits: Waits = AT_ONCE, told: bool = True) -> None:
         self.loop = asyncio.new_event_loop()
         self.directory = Path(tempfile.mkdtemp(prefix="handing-"))
@@ -299,7 +304,7 @@ class World:
         return Handing(
             report=self.report,
             kubelet=self.kubelet,
-            giver=Giver(),
+            giver=Giver(whole=self.by_environment),
             exchange=self.service.exchange,
             record=RecordFile(self.directory, node="n1"),
             waits=self.waits,

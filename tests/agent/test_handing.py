@@ -272,3 +272,46 @@ def test_two_pods_that_could_not_be_told_apart_are_put_right_by_the_kubelets_lis
     world.agree()
     assert world.hows() == {"newer": "placed"}
     assert world.counts()["moved"] == 1
+
+
+# -- one environment variable for all devices of a container --------------------------------------------------
+
+
+THIRD = "nvidia.com/mig-3g.40gb"
+
+
+@pytest.fixture
+def by_environment() -> Iterator[World]:
+    world = World()
+    world.by_environment = True
+    world.handing = world._agent()
+    yield world
+    world.close()
+
+
+def test_each_answer_names_all_devices_of_a_container_that_asks_for_several_resources(by_environment: World) -> None:
+    """The kubelet keeps one of two values of NVIDIA_VISIBLE_DEVICES, so both must be the same."""
+    devices = part("m-0", "1g.10gb", 0), part("m-0", "3g.40gb", 4)
+    got = by_environment.admit(by_environment.place("p", *devices))
+    assert set(got) == {f"main {SLICE}", f"main {THIRD}"}
+    for answer in got.values():
+        assert answer == devices
+    assert [set(one.devices) for one in by_environment.handing.said().handed] == [{devices[0]}, {devices[1]}]
+
+
+def test_what_the_first_answer_has_named_stays_whatever_the_kubelet_takes_next(by_environment: World) -> None:
+    devices = part("m-0", "1g.10gb", 0), part("m-0", "3g.40gb", 4)
+    pod = by_environment.place("p", *devices)
+    got = by_environment.admit(pod, taking("m-1/1g.10gb@3", "m-1/3g.40gb@4"))
+    assert set(got.values()) == {devices}
+    assert not by_environment.service.asked
+    assert by_environment.counts()["overridden"] == 2
+
+
+def test_a_container_with_several_resources_that_nobody_placed_is_refused_in_words(by_environment: World) -> None:
+    pod = by_environment.place("p", part("m-0", "1g.10gb", 0), part("m-0", "3g.40gb", 4))
+    unplaced = by_environment.service.pods[pod.uid].model_copy(update={"devices": ()})
+    by_environment.service.pods[pod.uid] = unplaced
+    by_environment.tell()
+    with pytest.raises(CannotHand, match="hand-over=cdi has no such limit"):
+        by_environment.admit(pod)

@@ -141,8 +141,8 @@ class Node(RuleBasedStateMachine):
 
     def _agree(self, pod: Pod, given: set[DeviceAt]) -> None:
         """The agent sees the list; the ledger follows what was handed, and what that displaces is placed no more."""
-        if self.world.kubelet.silent:
-            return
+        if self.world.kubelet.silent or not self.world.told:
+            return  # a name that is used again is then not known to be another pod's
         self.world.agree()
         said = [one for one in self.world.handing.said().handed if one.name == pod.name]
         assert given == {device for one in said for device in one.devices}, "the report says what containers have"
