@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from app.agent.agent import INTERVAL_SECONDS, run_agent
+from app.agent.giving import add_arguments, giving_of
 from app.agent.health import Patience
 
 
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--cdi-dir", type=Path, default=Path("/var/run/cdi"), metavar="FOLDER", help="where CDI specs are written"
     )
+    add_arguments(parser)
     parser.add_argument(
         "--state-dir",
         type=Path,
@@ -80,10 +82,9 @@ def main(argv: list[str] | None = None) -> int:
             ca_file=options.ca_file,
             mig=options.mig,
             hand=options.hand,
-            hand_over=options.hand_over,
+            giving=giving_of(options),
             shares=options.shares,
             kubelet_dir=options.kubelet_dir,
-            cdi_dir=options.cdi_dir,
             state_dir=options.state_dir,
             patience=Patience().scaled(options.patience),
             once=options.once,

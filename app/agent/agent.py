@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from app.agent.child import CHANGE_SECONDS, DEADLINE_SECONDS, INSTANCE_SECONDS, Child, InProcess, NoAnswer, Reader
 from app.agent.feed import Feed, Orders, Standing, backoff, jittered
+from app.agent.giving import Giving
 from app.agent.health import Judge, Patience
 from app.agent.memory import MemoryFile, boot_id
 from app.agent.reading import Reading, remember
@@ -32,7 +33,7 @@ from app.report import Failed, Gpu, NodeReport, OrderList, OrdersDone, ReportRep
 
 if TYPE_CHECKING:
     from app.agent.handing import Said
-    from app.agent.hands import HandOption, HandOver, Hands
+    from app.agent.hands import HandOption, Hands
 
 log = logging.getLogger(__name__)
 
@@ -321,10 +322,9 @@ def run_agent(
     ca_file: Path | None = None,
     mig: MigOption = "make",
     hand: HandOption = "no",
-    hand_over: HandOver = "env",
+    giving: Giving | None = None,
     shares: bool = False,
     kubelet_dir: Path = Path("/var/lib/kubelet"),
-    cdi_dir: Path = Path("/var/run/cdi"),
     state_dir: Path | None = None,
     patience: Patience | None = None,
     once: bool = False,
@@ -337,8 +337,8 @@ def run_agent(
     `once`: read once, print the report as JSON, and return; `service` is then not needed. `mig="observe"`: carry out no
     orders. `state_dir`: where what was seen of the GPUs' health is kept over restarts. `nvml_in_process` does without
     the child process and so without a deadline (simulated fleets). `proc` and `sys` are where the host's /proc and
-    /sys are mounted. `hand`: whether it hands devices to containers, as `hand_over` says (`shares`: parts of GPUs,
-    too), or observes who does; `kubelet_dir` and `cdi_dir` are the host's.
+    /sys are mounted. `hand`: whether it hands devices to containers, as `giving` says (`shares`: parts of GPUs, too),
+    or observes who does; `kubelet_dir` is the host's.
     """
     if not once and service is None:
         raise ValueError("an agent needs the URL of the service (or --once)")
@@ -352,10 +352,9 @@ def run_agent(
             hand,
             node=node,
             service=exchanges,
-            over=hand_over,
+            giving=giving or Giving(),
             shares=shares,
             kubelet_dir=kubelet_dir,
-            cdi_dir=cdi_dir,
             state_dir=state_dir,
             proc=proc,
         )

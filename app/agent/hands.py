@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from app.agent.cdi import CdiFile
-from app.agent.device_files import Host
-from app.agent.gift import Giver
+from app.agent.giving import Giving
 from app.agent.handing import MOST_HANDED, Handing, Said, listed
 from app.agent.kubelet.ids import offered
 from app.agent.matching import Held, Listed, by_name, observed
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HandOption = Literal["plugin", "observe", "no"]
-HandOver = Literal["env", "cdi"]
 
 AGREE_SECONDS = 5.0
 """Between looks at the kubelet's list where we are the plugin: what it shows of its own accord is seldom news."""
@@ -219,10 +217,9 @@ def hands_of(
     *,
     node: str,
     service: Service,
-    over: HandOver,
+    giving: Giving,
     shares: bool,
     kubelet_dir: Path,
-    cdi_dir: Path,
     state_dir: Path | None,
     proc: Path,
 ) -> Hands | None:
@@ -238,12 +235,11 @@ def hands_of(
         raise ValueError("handing out devices needs --state-dir: a restarted agent must know what it has handed out")
     from app.agent.kubelet.plugin import DevicePlugins
 
-    host = Host(proc=proc)
-    cdi = CdiFile(cdi_dir, host=host) if over == "cdi" else None
+    giver, cdi = giving.build(proc)
     handing = Handing(
         report=NodeReport(node=node, version=0),
         kubelet=kubelet,
-        giver=Giver(host=host, cdi=cdi),
+        giver=giver,
         exchange=service.exchange,
         record=RecordFile(state_dir, node=node),
     )

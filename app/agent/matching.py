@@ -362,8 +362,8 @@ def decide_whole(
         return choice
     if not match.pod.devices:
         return Not(
-            f"{_of(match)} asks for several resources, and Tangram has not placed it; one environment variable names all "
-            "devices of a container, and the others are not known yet (--hand-over=cdi has no such limit)"
+            f"{_of(match)} asks for several resources, and Tangram has not placed it; one environment variable names "
+            "all devices of a container, and the others are not known yet (--hand-over=cdi has no such limit)"
         )
     if promised is not None:
         true = {id_of(device) for device in promised} == set(ids)
@@ -591,6 +591,8 @@ def settle(scene: Scene, asked_at: float, now: float) -> tuple[Held, ...]:
             owner = orphans.pop((one.resource, frozenset(one.ids)), None)
         if owner is not None:
             kept.append(_moved(one, owner, uids))
+        elif not one.uid and _explains(one, shown, uids):
+            kept.append(_moved(one, one.place, uids))
         elif (
             one.since >= asked_at
             or _is_known(one, scene, uids)

@@ -12,6 +12,7 @@ import pytest
 
 from app.agent.agent import Agent
 from app.agent.feed import Feed, Standing
+from app.agent.giving import Giving
 from app.agent.handing import Said
 from app.agent.hands import Hands, Observed, hands_of
 from app.agent.kubelet.ids import offered
@@ -251,10 +252,9 @@ def plugin(folder: Path) -> Iterator[Hands]:
             "plugin",
             node="n1",
             service=Service(f"http://127.0.0.1:{reserved.getsockname()[1]}"),
-            over="env",
+            giving=Giving(),
             shares=False,
             kubelet_dir=folder,
-            cdi_dir=folder / "cdi",
             state_dir=folder / "state",
             proc=folder,
         )
@@ -297,10 +297,9 @@ def test_handing_out_needs_a_place_to_remember_it(folder: Path) -> None:
             "plugin",
             node="n1",
             service=Service("http://127.0.0.1:1"),
-            over="env",
+            giving=Giving(),
             shares=False,
             kubelet_dir=folder,
-            cdi_dir=folder,
             state_dir=None,
             proc=folder,
         )

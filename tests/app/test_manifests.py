@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from app.agent.agent import run_agent
+from app.agent.giving import Giving
 from app.certs import SECRET_NAME, service_dns_names
 from app.errors import BadInput
 from app.manifests import (
@@ -189,7 +190,7 @@ def test_agent_reaches_the_kubelet_where_it_listens_and_keeps_what_it_has_handed
         assert mounts[path] == path
     defaults = inspect.signature(run_agent).parameters
     assert defaults["kubelet_dir"].default == Path(kubelet)
-    assert defaults["cdi_dir"].default == Path("/var/run/cdi")
+    assert Giving().cdi_dir == Path("/var/run/cdi")
 
 
 def test_agents_token_and_ca_are_those_that_the_service_expects() -> None:

@@ -244,10 +244,6 @@ def _kubelet(directory: Path, name: str) -> Path:
     return directory / f"{name}.kubelet"
 
 
-def _cdi(directory: Path, name: str) -> Path:
-    return directory / f"{name}.cdi"
-
-
 # ---- the nursery: the process that forks ----
 
 
@@ -299,7 +295,7 @@ def _agent(name: str, directory: Path, options: argparse.Namespace) -> None:
         kubelet = _kubelet(directory, name)
         hands: dict[str, Any] = {}
         if kubelet.exists():  # resolved, since a socket's path may have 107 characters
-            hands = {"hand": options.hand, "kubelet_dir": kubelet.resolve(), "cdi_dir": _cdi(directory, name)}
+            hands = {"hand": options.hand, "kubelet_dir": kubelet.resolve()}
         run_agent(
             service=options.service,
             node=name,
