@@ -177,11 +177,14 @@ class Handing:
             self._pods = pods
             self._placements = placements
             held = with_uids(self._held, pods)
-            if held != self._held:
+            named = held != self._held
+            if named:
                 self._held, self._said = held, None
             self._refused &= {pod.uid for pod in pods}
             self._save()
         self._news.ring()
+        if named:
+            self._changed()
 
     @property
     def either(self) -> tuple[str, ...]:

@@ -213,9 +213,12 @@ class Node(RuleBasedStateMachine):
     def the_agent_looks_at_the_list(self) -> None:
         self.world.agree()
 
-    @precondition(lambda self: all(uid in self.world.service.pods for uid in self.world.running) and self.world.told)
+    @precondition(lambda self: self.world.told and not self.world.kubelet.silent)
+    @precondition(lambda self: all(uid in self.world.service.pods for uid in self.world.running))
     @rule()
     def the_kubelet_loses_its_checkpoint(self) -> None:
+        """Not in the same moment in which it admits: the agent looks at its list every few seconds."""
+        self.world.agree()
         self.world.kubelet.counted.clear()
 
     # ---- the law ----
