@@ -244,7 +244,7 @@ class Handing:
             _, match, waited = await self._find(resource, len(ids), ids)
             try:
                 give = await self._choose(match, resource, ids)
-                others = self._beside(match, resource)
+                others = await self._beside(match, resource)
                 gift = await self._gift(give, others.values(), resource, len(ids))
                 self._hand(give, match, resource, ids, "waited" if waited and _is_new(match) else _rule(match))
             except CannotHand as error:
@@ -253,14 +253,16 @@ class Handing:
             self._promise(match, resource, others)
             return gift
 
-    def _beside(self, match: Match | None, resource: str) -> dict[str, Devices]:
-        """What else must be in the answer, by resource."""
+    async def _beside(self, match: Match | None, resource: str) -> dict[str, Devices]:
+        """What else must be in the answer, by resource. Raises `CannotHand` where too little was placed for it."""
         if match is None or not self._giver.whole:
             return {}
-        with self._lock:
-            scene = Scene(self._report, self._pods, self._held)
-        told = {other: self._promised_to(match, other) for other in beside(scene, match, resource)}
-        return {other: told[other] or devices for other, devices in beside(scene, match, resource).items()}
+        others = beside(await self._look(), match, resource)
+        for other, devices in others.items():
+            others[other] = self._promised_to(match, other) or devices
+            if not others[other]:
+                raise CannotHand(f"{_pod_words(match)} asks for {other} too, and none is left that was placed for it")
+        return others
 
     def _promised_to(self, match: Match | None, resource: str) -> Devices | None:
         return self._promised.get((match.pod.uid, match.container, resource)) if match is not None else None

@@ -299,6 +299,16 @@ def test_each_answer_names_all_devices_of_a_container_that_asks_for_several_reso
     assert [set(one.devices) for one in by_environment.handing.said().handed] == [{devices[0]}, {devices[1]}]
 
 
+@pytest.mark.parametrize("order", [(SLICE, THIRD), (THIRD, SLICE)])
+def test_what_an_init_container_has_used_is_named_as_well(by_environment: World, order: tuple[str, str]) -> None:
+    """The kubelet asks for a container's resources in any order, and uses an init container's devices again."""
+    devices = part("m-0", "1g.10gb", 0), part("m-0", "3g.40gb", 4)
+    containers = Container("prepare", {SLICE: 1}, "init"), Container("main", dict.fromkeys(order, 1))
+    got = by_environment.admit(by_environment.place("p", *devices, containers=containers))
+    assert got.pop(f"prepare {SLICE}") == devices[:1]
+    assert set(got.values()) == {devices}
+
+
 def test_what_the_first_answer_has_named_stays_whatever_the_kubelet_takes_next(by_environment: World) -> None:
     devices = part("m-0", "1g.10gb", 0), part("m-0", "3g.40gb", 4)
     pod = by_environment.place("p", *devices)
