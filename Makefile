@@ -33,6 +33,7 @@ test: $(STAMP) ## every test; the short form of each failure test
 	@$(BIN)/python -m pytest tests -m "not e2e and not browser and not soak" -n auto -q
 	@$(BIN)/python -m tests.e2e.toolchain
 	@$(BIN)/python -m tests.web.browser
+	@$(BIN)/python -m tests.e2e.runtime
 	@$(BIN)/python -m pytest tests -m "(e2e or browser) and not soak" -q
 
 unit: $(STAMP) ## the fast tests only (within a minute)
@@ -41,6 +42,7 @@ unit: $(STAMP) ## the fast tests only (within a minute)
 e2e: $(STAMP) ## the tests on the real control plane and in a real browser
 	@$(BIN)/python -m tests.e2e.toolchain
 	@$(BIN)/python -m tests.web.browser
+	@$(BIN)/python -m tests.e2e.runtime
 	@$(BIN)/python -m pytest tests -m "(e2e or browser) and not soak" -q
 
 soak: $(STAMP) ## the failure tests with their full counts

@@ -38,7 +38,7 @@ from app.simulate import report_of
 from app.trust import AUDIENCE
 from solver import Node
 from tests.e2e.cluster import SCHEDULER, Cluster, free_port, open_cluster
-from tests.e2e.kubelet import Kubelet, Policy
+from tests.e2e.kubelet import Kubelet, Policy, need_mount_namespace
 from tests.e2e.nodes import KubernetesObject, gpu_node, gpu_pod, kubelet_node
 from tests.fake_nvml.describe import NodeDescription, Process, describe
 from tests.fake_nvml.fleet import Fleet
@@ -206,6 +206,7 @@ class Stack:
             self.start_scheduler(self.form)
 
     def _start_kubelets(self) -> None:
+        need_mount_namespace()
         for number, node in enumerate(self.nodes):
             kubelet = Kubelet(
                 self.cluster.processes,

@@ -131,6 +131,8 @@ def bundle(tmp_path: Path) -> Bundle:
         pytest.skip("only root can make device files and start this container")
     runc = runtime()
     if isinstance(runc, str):
+        if os.environ.get("CI") == "true":
+            pytest.fail(runc)
         pytest.skip(runc)
     there = DriverHost(tmp_path / "host")
     there.driver()

@@ -6,14 +6,13 @@ Pods are bound by the test itself, so that what is seen is the kubelet alone.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 
 from tests.e2e.cluster import Cluster, ControlPlane
-from tests.e2e.kubelet import ContainerEvent, Kubelet, NoMountNamespace, mount_namespace
+from tests.e2e.kubelet import ContainerEvent, Kubelet, need_mount_namespace
 from tests.e2e.nodes import KubernetesObject, gpu_pod, kubelet_node
 from tests.e2e.plugin import GPU, Plugin, listed
 
@@ -57,12 +56,7 @@ class Machine:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    try:
-        mount_namespace()
-    except NoMountNamespace as refused:
-        if os.environ.get("CI") == "true":
-            pytest.fail(str(refused))
-        pytest.skip(str(refused))
+    need_mount_namespace()
     with ControlPlane() as cluster:
         yield cluster
 
