@@ -126,9 +126,10 @@ class Stack:
         port: int = 0,
         kubelets: Sequence[Policy] = (),
         hand: str = "plugin",
+        shares: bool = False,
     ) -> None:
         """`kubelets`: real device managers on all nodes, with these topology policies in turn; else KWOK plays kubelet.
-        `hand`: whether their device plugins are the agents, or somebody whom the agents observe.
+        `hand`: whether their device plugins are the agents, or somebody whom the agents observe; `shares`: of GPUs too.
 
         `form` is which shipped kube-scheduler configuration runs (None: none is started).
 
@@ -146,6 +147,7 @@ class Stack:
         self._port = port
         self._policies = tuple(kubelets)
         self.hand = hand
+        self.shares = shares
         self.kubelets: dict[str, Kubelet] = {}
         """By node, where they are real."""
         self._closing = contextlib.ExitStack()
@@ -591,6 +593,7 @@ class RealAgents:
         ca_file: Path | None = None,
         kubelets: Mapping[str, Kubelet] | None = None,
         hand: str = "plugin",
+        shares: bool = False,
     ) -> None:
         """`tokens` gives a node's agent its token; without it the agents show none.
 
@@ -608,6 +611,7 @@ class RealAgents:
             ca_file=ca_file,
             kubelets={name: kubelet.directory for name, kubelet in (kubelets or {}).items()},
             hand=hand,
+            shares=shares,
         )
         self._next_pid = 1000
 
@@ -673,6 +677,7 @@ def real_agents(stack: Stack, url: str) -> Agents:
         patience=stack.knobs.patience,
         kubelets=stack.kubelets,
         hand=stack.hand,
+        shares=stack.shares,
     )
     if stack.knobs.unauthenticated_agents:
         return agents()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 
+from app.translate import SHARE_MILLI_RESOURCE, SHARE_RESOURCE
 from solver.samples import parse_samples
 from tests.e2e.checker import read_annotation, refusal_of
 from tests.e2e.containers import running_on
@@ -82,6 +84,31 @@ def test_beside_another_plugin_the_ledger_follows_what_containers_have(
     assert stack.service.metric('tangram_devices_followed{state="total"}') > 0
     with capsys.disabled():
         print(f"\nthe ledger followed within {', '.join(f'{seconds:.2f}' for seconds in late)} s")
+
+
+@pytest.mark.timeout(300)
+def test_shares_reach_containers_as_clients_of_mps() -> None:
+    """Thousandths and GiB: each container sees its one GPU and the limits of its part, no GPU is given beyond all."""
+    with Stack(parse_samples("4xH100:1"), kubelets=("best-effort",), shares=True) as stack:
+        (node,) = stack.nodes
+        wanted = {f"part-{milli}": {SHARE_MILLI_RESOURCE: milli} for milli in (250, 500, 333, 800)}
+        wanted["memory"] = {SHARE_RESOURCE: 20}
+        stack.cluster.add_pods([gpu_pod(name, asks) for name, asks in wanted.items()])
+        for name in wanted:
+            stack.cluster.wait_phase(name, "Running")
+        running = {each.pod: each for each in stack.kubelets[node.name].containers().values() if each.devices}
+
+        given: Counter[str] = Counter()
+        for name in wanted:
+            placement = stack.placement(name)
+            assert placement is not None
+            ((gpu, _, milli),) = [device.rpartition(":") for device in placement["devices"]]
+            given[gpu] += int(milli.removesuffix("m"))
+            envs = running[name].envs
+            assert envs["NVIDIA_VISIBLE_DEVICES"] == gpu
+            assert envs["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == str(int(milli.removesuffix("m")) // 10)
+        assert max(given.values()) <= 1000
+        assert running["memory"].envs["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] == "0=20480M"
 
 
 def counted(stack: Stack) -> int:

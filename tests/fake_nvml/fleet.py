@@ -41,6 +41,8 @@ from tests.fake_nvml.control import Control
 from tests.fake_nvml.describe import NodeDescription, describe
 
 ROOT = Path(__file__).resolve().parents[2]
+MPS_DIRECTORY = "/run/nvidia/mps"
+"""Where nodes with shares have the pipes of their MPS control daemon."""
 INITIAL_PID_NAMESPACE = "pid:[4026531836]"
 
 
@@ -50,7 +52,7 @@ class Fleet:
     `token_file`, `ca_file`, `mig` and `patience` are as for `tangram agent`; "{node}" in `token_file` stands for the
     node's name. Each agent remembers in a folder of its own (`state`), and each node has its own boot id. `kubelets`
     are the folders of the nodes' kubelets (/var/lib/kubelet on a real node): the agents are their device plugins, or
-    with `hand="observe"` read what another plugin has given.
+    with `hand="observe"` read what another plugin has given; `shares`: parts of GPUs, too, as clients of MPS.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Fleet:
         patience: float = 1.0,
         kubelets: Mapping[str, Path] | None = None,
         hand: str = "plugin",
+        shares: bool = False,
     ) -> None:
         self._directory = directory
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -74,6 +77,7 @@ class Fleet:
         self._log = (directory / "agents.log").open("ab")
         options = ["--service", service, "--interval", str(interval_seconds), "--directory", str(directory)]
         options += ["--mig", mig, "--patience", str(patience), "--hand", hand]
+        options += ["--shares"] if shares else []
         if token_file is not None:
             options += ["--token-file", str(token_file)]
         if ca_file is not None:
@@ -279,6 +283,7 @@ def _agent(name: str, directory: Path, options: argparse.Namespace) -> None:
     import random
 
     from app.agent.agent import run_agent
+    from app.agent.giving import Giving
     from app.agent.health import Patience
 
     status = 1
@@ -295,7 +300,8 @@ def _agent(name: str, directory: Path, options: argparse.Namespace) -> None:
         kubelet = _kubelet(directory, name)
         hands: dict[str, Any] = {}
         if kubelet.exists():  # resolved, since a socket's path may have 107 characters
-            hands = {"hand": options.hand, "kubelet_dir": kubelet.resolve()}
+            hands = {"hand": options.hand, "kubelet_dir": kubelet.resolve(), "shares": options.shares}
+            hands |= {"giving": Giving(mps_dir=MPS_DIRECTORY if options.shares else "")}
         run_agent(
             service=options.service,
             node=name,
@@ -330,6 +336,7 @@ def main() -> None:
     parser.add_argument("--mig", choices=("observe", "make"), default="make")
     parser.add_argument("--patience", type=float, default=1.0)
     parser.add_argument("--hand", choices=("plugin", "observe"), default="plugin")
+    parser.add_argument("--shares", action="store_true")
     _nursery(parser.parse_args())
 
 
