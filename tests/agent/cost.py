@@ -1,7 +1,8 @@
 """What an agent costs at rest: `python -m tests.agent.cost`, or `make bench-agent`. A measurement, not a test.
 
 A real agent with its child as in the DaemonSet (TLS, a token, a state folder, the default interval) on the fake
-library, towards a server that holds requests for orders as the service does. It rests; then a few orders come.
+library, towards a server that holds requests for orders as the service does, without and with handing devices over
+(the kubelet's side is played by this process). It rests; then a few orders come.
 
     CPU         user and system time of both processes, from the scheduler's own counts, over the time of rest
     memory      at the end of the rest: what both have for themselves, and once what the one that shares more shares
@@ -42,10 +43,12 @@ from cryptography.x509.oid import NameOID
 from app.report import Make, OrderList, SliceAt
 from solver.samples import sample_node
 from tests.agent.conftest import ROOT, Bench
+from tests.agent.kubelet.fake import Kubelet, Pods
 from tests.fake_nvml.describe import describe
 from tests.fake_nvml.fleet import host_proc
 
 SAMPLES = ("8xH100", "8xA100-mig")
+HANDS = ("no", "plugin", "observe")
 SETTLE_SECONDS = 12.0
 """Before measuring: start, first looks, and one held request."""
 
@@ -79,6 +82,7 @@ class Cost:
     """One sample's line of the table."""
 
     sample: str
+    hand: str
     seconds: float
     cpu_percent: float
     cpu_percent_agent: float
@@ -212,9 +216,26 @@ def memory(pid: int) -> Memory:
     return Memory(kib["Pss"] / 1024, (kib["Private_Clean"] + kib["Private_Dirty"]) / 1024, kib["Rss"] / 1024)
 
 
-def measure(sample: str, seconds: float) -> Cost:
+@contextmanager
+def kubelet(directory: Path) -> Iterator[Path]:
+    """The kubelet's two sockets, with an answer at each: forty pods that have nothing of ours."""
+    plugins, resources = directory / "device-plugins", directory / "pod-resources"
+    plugins.mkdir(parents=True)
+    resources.mkdir()
+    registry, pods = Kubelet(plugins), Pods(resources / "kubelet.sock")
+    pods.pods = [("default", f"pod-{number}", {"main": []}) for number in range(40)]
+    yield directory
+    pods.close()
+    registry.close()
+
+
+def measure(sample: str, seconds: float, hand: str = "no") -> Cost:
     """Start, settle, rest, give orders, end."""
-    with tempfile.TemporaryDirectory() as folder, service(Path(folder)) as desk:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        service(Path(folder)) as desk,
+        kubelet(Path(folder) / "kubelet") as kubelet_dir,
+    ):
         bench = Bench(Path(folder))
         bench.describe(describe(sample_node("n1", sample)))
         host_proc(bench.proc)
@@ -227,6 +248,7 @@ def measure(sample: str, seconds: float) -> Cost:
             "--sys": "sys",
         }
         options = [word for name, file in files.items() for word in (name, str(bench.directory / file))]
+        options += ["--hand", hand, "--kubelet-dir", str(kubelet_dir)]
         agent = subprocess.Popen(
             [sys.executable, "-m", "app.agent", "--node", "n1", "--service", desk.url, *options],
             env=bench.environment,
@@ -251,6 +273,7 @@ def measure(sample: str, seconds: float) -> Cost:
         calls = _nvml_calls(bench)
     return Cost(
         sample=sample,
+        hand=hand,
         seconds=rested,
         cpu_percent=100 * sum(used) / rested,
         cpu_percent_agent=100 * used[0] / rested,
@@ -320,7 +343,7 @@ def table(costs: list[Cost]) -> str:
     for cost in costs:
         times = sorted(1000 * seconds for seconds in cost.order_seconds)
         lines.append(
-            f"| {cost.sample} "
+            f"| {cost.sample}, --hand={cost.hand} "
             f"| {cost.cpu_percent:.2f} ({cost.cpu_percent_agent:.2f} + {cost.cpu_percent_child:.2f}) "
             f"| {cost.together_mib:.1f} "
             f"| {cost.agent.private:.1f} + {cost.child.private:.1f} "
@@ -340,8 +363,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--seconds", type=float, default=60.0, help="of rest for each sample")
     parser.add_argument("--sample", action="append", choices=SAMPLES, help="only this one (default: all)")
+    parser.add_argument("--hand", action="append", choices=HANDS, help="only so (default: all ways)")
     options = parser.parse_args()
-    costs = [measure(sample, options.seconds) for sample in options.sample or SAMPLES]
+    ways = [(sample, hand) for hand in options.hand or HANDS for sample in options.sample or SAMPLES]
+    costs = [measure(sample, options.seconds, hand) for sample, hand in ways]
     print(table(costs))
     held = all(cost.cpu_percent < TARGET_CPU_PERCENT and cost.together_mib < TARGET_MIB for cost in costs)
     print(f"target: under {TARGET_CPU_PERCENT} % of a core and {TARGET_MIB:.0f} MiB: {'held' if held else 'NOT held'}")
