@@ -614,12 +614,13 @@ def _is_known(one: Held, scene: Scene, uids: Mapping[tuple[str, str], str]) -> b
     """Whether the service or the kubelet still knows the pod. The kubelet knows names: of two pods with one name it has
     the one that the service names. A container that it lists without devices has none, unless the service knows better.
     """
+    containers = scene.containers(one.namespace, one.name) or {}
+    counted = containers.get(one.container, {}).get(one.resource, ())
+    if counted and set(counted) != set(one.ids) and uids.get((one.namespace, one.name), one.uid) == one.uid:
+        return False  # this container has something else, so that was handed to somebody taken for it
     if any(pod.uid == one.uid for pod in scene.pods):
         return True
     if one.uid and uids.get((one.namespace, one.name), one.uid) != one.uid:
-        return False
-    containers = scene.containers(one.namespace, one.name)
-    if containers is None:
         return False
     siblings = [each for each in scene.held if one.uid and each.uid == one.uid and each.container in containers]
     shown = [one] if one.container in containers else siblings  # an init container's: while the others' are

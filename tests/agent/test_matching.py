@@ -247,6 +247,13 @@ def test_the_kubelets_ids_say_whose_a_device_is() -> None:
     assert (record.name, record.uid, record.devices) == ("b", "uid-b", (whole("w-0"),))
 
 
+def test_what_was_handed_to_somebody_taken_for_a_pod_is_not_that_pods() -> None:
+    """It has ended meanwhile; and the pod itself has been handed its own."""
+    a = pod("a", whole("w-0"))
+    mistaken, own = held(a, whole("w-1")), held(a, whole("w-0"))
+    assert settle(Scene(REPORT, (a,), (mistaken, own), shows(a, a=("w-0",))), 10, 11) == (own,)
+
+
 def test_what_was_handed_since_the_list_was_asked_for_is_left_alone() -> None:
     a = pod("a", whole("w-0"))
     fresh = held(a, whole("w-0")).model_copy(update={"since": 10.5})
