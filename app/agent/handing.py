@@ -445,14 +445,16 @@ class Handing:
             self._unsaved = ""
 
     def _count_moves(self, held: tuple[Held, ...]) -> None:
-        before = {(one.resource, one.ids): one for one in self._held}
+        before: dict[tuple[str, tuple[str, ...]], list[Held]] = {}
+        for one in self._held:  # of an init container and the one that follows it the ids may be the same
+            before.setdefault((one.resource, one.ids), []).append(one)
         for one in held:
-            was = before.get((one.resource, one.ids))
-            if was is None:
+            known = before.get((one.resource, one.ids), [])
+            if not known:
                 log.info("%s/%s has %s by the kubelet's word", one.namespace, one.name, _words(one.devices))
                 self._counts["observed"] += 1
-            elif was.name and was.place != one.place:
-                log.warning("%s is %s/%s's, not %s's", _words(one.devices), one.namespace, one.name, was.name)
+            elif all(was.name and was.place != one.place for was in known):
+                log.warning("%s is %s/%s's, not %s's", _words(one.devices), one.namespace, one.name, known[0].name)
                 self._counts["moved"] += 1
 
 

@@ -274,6 +274,17 @@ def test_two_pods_that_could_not_be_told_apart_are_put_right_by_the_kubelets_lis
     assert world.counts()["moved"] == 1
 
 
+def test_a_container_with_the_devices_of_its_init_container_has_not_been_mistaken(world: World) -> None:
+    containers = Container("prepare", {GPU: 1}, "init"), Container("main", {GPU: 1})
+    world.admit(world.place("p", whole("w-0"), containers=containers))
+    other = world.place("q", whole("w-1"))
+    world.admit(other)
+    world.end(other)
+    world.agree()
+    assert world.hows() == {"p": "placed"}
+    assert "moved" not in world.counts()
+
+
 # -- one environment variable for all devices of a container --------------------------------------------------
 
 
