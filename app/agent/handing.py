@@ -36,6 +36,7 @@ from app.agent.matching import (
     beside,
     blocked,
     by_name,
+    counted_wrongly,
     decide,
     decide_whole,
     exchanged,
@@ -317,7 +318,8 @@ class Handing:
                 choice = decide(scene, match, resource, ids)
             if isinstance(choice, Ask) and match is not None:
                 if choice not in answers:
-                    answers[choice] = await self._ask(match, choice)
+                    lost = counted_wrongly(scene, match, choice.take)
+                    answers[choice] = None if lost else await self._ask(match, choice)
                 reply = answers[choice]
                 if reply is not None and reply.granted:
                     choice = by_exchange = choice.granted(swapped=bool(reply.swapped))
@@ -397,6 +399,7 @@ class Handing:
             devices=give.devices,
             ids=tuple(ids),
             how=give.how,
+            again=match is not None and match.again is not None,
             since=self._clock(),
         )
         with self._lock:

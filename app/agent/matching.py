@@ -38,8 +38,9 @@ Ids = tuple[str, ...]
 class Held(BaseModel):
     """What one container was handed of one resource. `ids` are what the kubelet counts for it, always.
 
-    Without a `name` it is not known whose it is; the kubelet's next list says. `since` is when it was handed, on this
-    process's clock (0: before it started).
+    Without a `name` it is not known whose it is; the kubelet's next list says. `again`: it was handed a second time, so
+    perhaps to a later pod of the same name. `since` is when it was handed, on this process's clock (0: before it
+    started).
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -52,6 +53,7 @@ class Held(BaseModel):
     devices: Devices
     ids: Ids
     how: Handing
+    again: bool = False
     since: float = Field(default=0.0, exclude=True)
 
     @property
@@ -437,6 +439,13 @@ def blocked(scene: Scene, match: Match | None, devices: Devices, ids: Sequence[s
     return "" if placed else _spoken_for(scene, uid, devices)
 
 
+def counted_wrongly(scene: Scene, match: Match, devices: Devices) -> bool:
+    """Whether the kubelet offers these although another pod was handed one of them: the service, which perhaps has not
+    heard of that yet, must not be asked to exchange it."""
+    others = (one for one in scene.held if one.how == "overridden" and one.uid != match.pod.uid)
+    return any(overlap(device, theirs, scene.report) for one in others for theirs in one.devices for device in devices)
+
+
 def _spoken_for(scene: Scene, uid: str | None, devices: Devices) -> str:
     """Whether others were promised these, or use them already, as what the service does not know of may."""
     pods = [pod for pod in scene.pods if pod.uid != uid]
@@ -531,19 +540,16 @@ def _free_ids(
     *,
     placed: bool,
 ) -> Iterator[str]:
-    """Ids that can be had beside everything that is handed, promised, or chosen so far. Slices that are there come
-    first; for an unplaced pod no others, since nobody would make them."""
+    """Ids that can be had beside everything that is handed, promised, or chosen so far. What is there comes first; for
+    an unplaced pod nothing else, since nobody would make a slice or switch a GPU's mode for it."""
     there = {(gpu.uuid, one.profile, one.start) for gpu, one in _instances(scene.report) if one.uuid}
+    cut = {gpu.uuid for gpu in scene.report.gpus if gpu.mig is not None and gpu.mig.enabled}
     candidates: list[tuple[bool, str, DeviceAt]] = []
-    for id_ in _in_order(scene.report, available):
-        try:
-            device = devices_of(resource, [id_], scene.report)[0]
-        except ValueError:
-            continue
-        missing = bool(device.profile) and (device.gpu, device.profile, device.start) not in there
+    for id_, device in _known_devices(resource, _in_order(scene.report, available), scene.report):
+        missing = (device.gpu, device.profile, device.start) not in there if device.profile else device.gpu in cut
         if not (missing and not placed):
             candidates.append((missing, id_, device))
-    taken = list(devices_of(resource, chosen, scene.report)) if chosen else []
+    taken = [device for _, device in _known_devices(resource, chosen, scene.report)]
     open_ = {}  # by GPU for shares, whose thousand ids are alike
     for _, id_, device in sorted(candidates, key=lambda one: one[0]):
         key = device.gpu if device.milli else id_
@@ -552,6 +558,16 @@ def _free_ids(
         if open_[key] and not any(overlap(device, other, scene.report) for other in taken):
             taken.append(device)
             yield id_
+
+
+def _known_devices(resource: str, ids: Iterable[str], report: NodeReport) -> Iterator[tuple[str, DeviceAt]]:
+    """Each id with what it stands for, but for those that the kubelet still has of a GPU that is lost."""
+    for id_ in ids:
+        try:
+            device = devices_of(resource, [id_], report)[0]
+        except ValueError:
+            continue
+        yield id_, device
 
 
 def _instances(report: NodeReport) -> Iterator[tuple[Gpu, Instance]]:
@@ -605,22 +621,26 @@ def settle(scene: Scene, asked_at: float, now: float) -> tuple[Held, ...]:
 
 
 def _explains(one: Held, shown: Mapping[Place, Ids], uids: Mapping[tuple[str, str], str]) -> bool:
-    """Whether the kubelet shows just this, of the pod that has the name now."""
+    """Whether the kubelet shows just this, of the pod that was handed it: where the service names a later pod of that
+    name, the kubelet has not heard of that one yet, unless it has asked again meanwhile."""
     current = uids.get((one.namespace, one.name), "")
-    return set(shown.get(one.place, ())) == set(one.ids) and (not current or not one.uid or current == one.uid)
+    is_its = not current or not one.uid or current == one.uid or not one.again
+    return is_its and set(shown.get(one.place, ())) == set(one.ids)
 
 
 def _is_known(one: Held, scene: Scene, uids: Mapping[tuple[str, str], str]) -> bool:
     """Whether the service or the kubelet still knows the pod. The kubelet knows names: of two pods with one name it has
-    the one that the service names. A container that it lists without devices has none, unless the service knows better.
+    the later one as soon as that one has been handed something. A container that it lists without devices has none,
+    unless the service knows better.
     """
+    current = uids.get((one.namespace, one.name), one.uid)
     containers = scene.containers(one.namespace, one.name) or {}
     counted = containers.get(one.container, {}).get(one.resource, ())
-    if counted and set(counted) != set(one.ids) and uids.get((one.namespace, one.name), one.uid) == one.uid:
+    if counted and set(counted) != set(one.ids) and current == one.uid:
         return False  # this container has something else, so that was handed to somebody taken for it
     if any(pod.uid == one.uid for pod in scene.pods):
         return True
-    if one.uid and uids.get((one.namespace, one.name), one.uid) != one.uid:
+    if one.uid and current != one.uid and (one.again or any(each.uid == current for each in scene.held)):
         return False
     siblings = [each for each in scene.held if one.uid and each.uid == one.uid and each.container in containers]
     shown = [one] if one.container in containers else siblings  # an init container's: while the others' are
@@ -630,7 +650,13 @@ def _is_known(one: Held, scene: Scene, uids: Mapping[tuple[str, str], str]) -> b
 def _moved(one: Held, owner: Place, uids: Mapping[tuple[str, str], str]) -> Held:
     uid = uids.get((owner.namespace, owner.name), "")
     return one.model_copy(
-        update={"uid": uid, "namespace": owner.namespace, "name": owner.name, "container": owner.container}
+        update={
+            "uid": uid,
+            "namespace": owner.namespace,
+            "name": owner.name,
+            "container": owner.container,
+            "again": False,
+        }
     )
 
 

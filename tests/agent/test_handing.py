@@ -79,6 +79,29 @@ def test_a_refused_exchange_leaves_the_placement_and_says_what_the_kubelet_count
     assert (said.how, said.ids) == ("overridden", ("m-1/1g.10gb@6",))
 
 
+def test_what_a_pod_was_handed_is_not_exchanged_before_the_service_has_heard_of_it(world: World) -> None:
+    world.service.says = "refuse"
+    first = world.place("first", whole("w-0"))
+    world.admit(first, taking("w-1"))
+    world.service.says = "grant"
+    world.service.handed.clear()
+    second = world.place("second", whole("w-1"))
+    assert world.admit(second, taking("w-0")) == {f"main {GPU}": (whole("w-1"),)}
+    assert world.hows() == {"first": "overridden", "second": "overridden"}
+
+
+def test_a_pod_gets_its_own_devices_although_the_kubelet_still_listed_the_one_before_of_that_name(world: World) -> None:
+    old = world.place("x-0", whole("w-0"))
+    world.admit(old)
+    world.service.pods.pop(old.uid)
+    new = world.place("x-0", whole("w-1"))
+    world.agree()
+    assert [(one.uid, one.devices) for one in world.handing.said().handed] == [(old.uid, (whole("w-0"),))]
+    world.kubelet.forget(old.uid)
+    assert world.admit(new) == {f"main {GPU}": (whole("w-1"),)}
+    assert [one.uid for one in world.handing.said().handed] == [new.uid]
+
+
 def test_what_was_certainly_not_asked_is_a_refusal_and_what_may_have_been_is_none(world: World) -> None:
     """The outcome of an exchange is never guessed."""
     world.service.says = "down"

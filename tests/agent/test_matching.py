@@ -222,6 +222,20 @@ def test_an_unplaced_pod_is_best_off_with_free_slices_that_are_there() -> None:
     assert preferred(Scene(report), None, "nvidia.com/mig-1g.10gb", available, [], 2) == ("m-0/1g.10gb@5",)
 
 
+def test_an_unplaced_pod_is_offered_no_gpu_that_is_cut_into_slices() -> None:
+    """Where modes may be switched the kubelet counts such a GPU as whole, too."""
+    first = {"m-0": 0, "m-1": 1}
+    gpus = tuple(gpu.model_copy(update={"index": first.get(gpu.uuid, gpu.index + 2)}) for gpu in REPORT.gpus)
+    scene = Scene(REPORT.model_copy(update={"gpus": gpus}), (), (), Listed())
+    assert preferred(scene, None, GPU, {"m-0", "w-0", "w-1"}, (), 1) == ("w-0",)
+    assert preferred(scene, None, GPU, {"m-0", "w-0"}, (), 2) == ("w-0",)
+
+
+def test_an_id_of_a_gpu_that_is_lost_does_not_stop_a_preference() -> None:
+    scene = Scene(REPORT, (), (), Listed())
+    assert preferred(scene, None, GPU, {"lost", "w-0"}, ("lost",), 2) == ("lost", "w-0")
+
+
 # ---- whose is it? ----
 
 
@@ -237,6 +251,23 @@ def test_a_pod_of_the_same_name_with_another_uid_is_another_pod() -> None:
     new = old.model_copy(update={"uid": "uid-a-2", "devices": (whole("w-1"),)})
     scene = Scene(REPORT, (new,), (held(old, whole("w-0")),), shows(new))
     assert settle(scene, 10, 11) == ()
+
+
+def test_what_the_kubelet_still_shows_of_a_pod_is_not_the_next_ones_of_that_name() -> None:
+    """A pod is deleted by force, and the next is named before the kubelet has heard of either."""
+    old = pod("a", whole("w-0"))
+    new = old.model_copy(update={"uid": "uid-a-2", "devices": (whole("w-1"),)})
+    record = held(old, whole("w-0"))
+    assert settle(Scene(REPORT, (new,), (record,), shows(new, a=("w-0",))), 10, 11) == (record,)
+
+
+def test_what_was_handed_again_is_the_later_pods_of_that_name() -> None:
+    """The service had not named that one yet, and the kubelet seemed to have forgotten the first."""
+    old = pod("a", whole("w-0"))
+    new = old.model_copy(update={"uid": "uid-a-2", "devices": (whole("w-1"),)})
+    record = held(old, whole("w-0")).model_copy(update={"again": True})
+    (moved,) = settle(Scene(REPORT, (new,), (record,), shows(new, a=("w-0",))), 10, 11)
+    assert (moved.uid, moved.devices, moved.again) == ("uid-a-2", (whole("w-0"),), False)
 
 
 def test_the_kubelets_ids_say_whose_a_device_is() -> None:
