@@ -6,6 +6,7 @@ counts for it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,23 @@ from app.agent.kubelet.channel import OPTIONS, Inode, inode_of, target, words_of
 
 TIMEOUT_SECONDS = 2.0
 """The kubelet answers from memory."""
+
+AGAIN = {
+    "maxAttempts": 5,  # gRPC's most
+    "initialBackoff": "0.05s",
+    "maxBackoff": "0.4s",
+    "backoffMultiplier": 2,
+    "retryableStatusCodes": ["RESOURCE_EXHAUSTED"],
+}
+"""How gRPC asks again by itself, within the time: everybody on the node shares a hundred answers a second."""
+
+CHANNEL = (
+    *OPTIONS,
+    (
+        "grpc.service_config",
+        json.dumps({"methodConfig": [{"name": [{"service": "v1.PodResourcesLister"}], "retryPolicy": AGAIN}]}),
+    ),
+)
 
 
 class KubeletSilent(Exception):
@@ -55,7 +73,7 @@ class PodResources:
     async def list(self) -> tuple[PodHas, ...]:
         """Every pod. Raises `KubeletSilent`. A connection of its own each time: this is asked seldom."""
         with self._in_words():
-            async with grpc.aio.insecure_channel(target(self._socket), options=OPTIONS) as channel:
+            async with grpc.aio.insecure_channel(target(self._socket), options=CHANNEL) as channel:
                 lister = wire.PodResourcesListerStub(channel)
                 return _read(await lister.List(api.ListPodResourcesRequest(), timeout=self._timeout))
 
@@ -67,7 +85,7 @@ class PodResources:
         now = inode_of(self._socket)
         if self._kept is None or self._kept[0] != now:
             self.close()
-            self._kept = now, grpc.insecure_channel(target(self._socket), options=OPTIONS)
+            self._kept = now, grpc.insecure_channel(target(self._socket), options=CHANNEL)
         try:
             with self._in_words():
                 lister = wire.PodResourcesListerStub(self._kept[1])

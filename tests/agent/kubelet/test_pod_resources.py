@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,16 @@ def test_a_kubelet_that_is_not_there_is_said_in_words(folder: Path, ask: Ask):
         ask(PodResources(folder / "kubelet.sock"))
 
 
+def test_a_kubelet_that_is_asked_too_often_is_asked_again(folder: Path, pods: Pods, ask: Ask):
+    """Everybody on the node shares its hundred answers a second."""
+    pods.pods = [("ml", "train", {})]
+    pods.answers = iter(["rejected by rate limit", "rejected by rate limit"])
+
+    assert [pod.name for pod in ask(PodResources(folder / "kubelet.sock"))] == ["train"]
+
+
 def test_a_refusal_is_said_in_the_kubelets_words(folder: Path, pods: Pods, ask: Ask):
-    pods.answers = iter(["too many requests"])
+    pods.answers = repeat("too many requests")
 
     with pytest.raises(KubeletSilent, match="too many requests"):
         ask(PodResources(folder / "kubelet.sock"))
