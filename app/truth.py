@@ -120,11 +120,12 @@ class Truth:
             self._unbound(pod)
 
     def _note_kubelet(self, pod: Pod, known: Pod | None) -> None:
-        """What its kubelet has just decided about it. Of what it decided before our time nothing follows."""
+        """What its kubelet has just decided about it. Of what it decided before our time nothing follows, and of a
+        refusal only where we have placed the pod: others put pods where there is no room for them, again and again."""
         hold = self._ledger.get(pod.ref.uid)
         if hold is None or not hold.firm or hold.node != pod.node:
             return
-        if pod.refused:
+        if pod.refused and isinstance(pod.written, Written):
             log.warning("the kubelet of %s refused %s: %s", pod.node, pod.ref, pod.refused)
             self._refusals.refused(hold.demand, pod.node, pod.refused)
             self.chores.refused[pod.ref] = pod.refused

@@ -124,6 +124,18 @@ async def test_pods_that_have_run_since_before_say_nothing_about_the_kubelet_now
     assert fitting(world, "again") == ["b"]
 
 
+async def test_pods_that_others_put_on_a_node_do_not_close_it(world):
+    """A ReplicaSet whose pods name their node makes thousands of them once the node is full."""
+    for number in range(3):
+        world.add_pod(f"p{number}", {GPU: "2"}, spec={"nodeName": "a"})
+        await world.until(lambda uid=f"uid-p{number}": uid in world.service.truth.pods)
+        status = {"phase": "Failed", "reason": "OutOfnvidia.com/gpu", "message": WORDS}
+        world.kube.change_pod(f"p{number}", lambda pod: pod.update(status=status))  # noqa: B023
+        await world.until(lambda uid=f"uid-p{number}": world.service.truth.pods[uid].finished)
+    assert world.service.refusals.count == 0
+    assert fitting(world, "again") == ["a", "b"]
+
+
 async def test_preemption_does_not_go_where_the_kubelet_refuses(world):
     await refuse(world, "p", "a")
     world.add_pod("q", {GPU: "2"})
