@@ -153,7 +153,7 @@ class Handing:
         self._pods: tuple[PodAt, ...] = recalled.placements.pods if recalled.placements is not None else ()
         self._held = recalled.held
         self._granted: list[_Granted] = []
-        self._refused: frozenset[str] = frozenset()
+        self._refused = frozenset(recalled.refused)
         self._counts: Counter[str] = Counter()
         self._silent = ""
         self._preferred = _Preferred()
@@ -243,6 +243,7 @@ class Handing:
         """Hand out what is the container's, and remember it before the kubelet has the answer. Raises `CannotHand`."""
         async with self._one_at_a_time:
             _, match, waited = await self._find(resource, len(ids), ids)
+            self._preferred = _Preferred()
             try:
                 give = await self._choose(match, resource, ids)
                 others = await self._beside(match, resource)
@@ -410,7 +411,7 @@ class Handing:
             others = (one for one in self._held if not _is_followed_by(one, held))
             after = tuple(sorted((*others, held), key=by_name))
             try:
-                self._record.keep(after, self._kept_placements())
+                self._record.keep(after, self._kept_placements(), self._refused - {held.uid})
             except OSError as error:
                 raise CannotHand(f"what is handed out cannot be remembered: {error}") from error
             self._held = after
@@ -427,6 +428,7 @@ class Handing:
             self._counts["refused"] += 1
             if match is not None:
                 self._refused |= {match.pod.uid}
+                self._save()
             self._said = None
         self._changed()
 
@@ -439,7 +441,7 @@ class Handing:
     def _save(self) -> None:
         """For what is not handed out by it: a disk that is full is said once, and the agent goes on."""
         try:
-            self._record.keep(self._held, self._kept_placements())
+            self._record.keep(self._held, self._kept_placements(), self._refused)
         except OSError as error:
             if str(error) != self._unsaved:
                 log.warning("what is promised and handed out is not kept: %s", error)

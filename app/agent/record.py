@@ -1,4 +1,5 @@
-"""The agent's second small file: which device each container was handed, and what the service has promised.
+"""The agent's second small file: which device each container was handed, which pods were refused, and what the service
+has promised.
 
 Unlike `memory` it outlives the node's boot, as the kubelet's own checkpoint does, and a write that fails is said to the
 caller: a device must not be handed out that a restarted agent would not know of.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -21,11 +23,12 @@ NAME = "handed.json"
 
 
 class Record(BaseModel):
-    """What is in it."""
+    """What is in it. `refused`: UIDs of pods that have failed by our word, and may be listed as waiting for a while."""
 
     node: str
     held: tuple[Held, ...] = ()
     placements: Placements | None = None
+    refused: tuple[str, ...] = ()
 
 
 class RecordFile:
@@ -52,14 +55,15 @@ class RecordFile:
             return nothing
         return record
 
-    def keep(self, held: tuple[Held, ...], placements: Placements | None) -> None:
+    def keep(self, held: tuple[Held, ...], placements: Placements | None, refused: Iterable[str] = ()) -> None:
         """Write it, all of it or nothing; it is on the disk when this returns. Raises OSError."""
         if self._file is None:
             return
         new = self._file.with_suffix(".new")
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with new.open("wb") as out:
-            out.write(Record(node=self._node, held=held, placements=placements).model_dump_json().encode())
+            record = Record(node=self._node, held=held, placements=placements, refused=tuple(sorted(refused)))
+            out.write(record.model_dump_json().encode())
             out.flush()
             os.fsync(out.fileno())
         new.replace(self._file)

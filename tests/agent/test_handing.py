@@ -132,6 +132,15 @@ def test_a_pod_that_the_service_has_not_named_yet_is_waited_for(patient: World) 
     assert patient.counts() == {"placed": 1, "waited": 1}
 
 
+def test_a_pod_is_waited_for_although_the_one_just_before_it_was_unknown(patient: World) -> None:
+    patient.admit(patient.pod("stranger", Container("main", {GPU: 1})))
+    patient.told = False
+    pod = patient.place("p", whole("w-1"))
+    soon(lambda: patient.tell(always=True))
+    patient.admit(pod)
+    assert patient.counts() == {"unplaced": 1, "nobody": 1, "placed": 1, "waited": 1}
+
+
 def test_a_slice_that_is_being_made_is_waited_for(patient: World) -> None:
     slice_ = part("m-0", "1g.10gb", 3)
     pod = patient.pod("p", Container("main", {SLICE: 1}))
@@ -226,6 +235,20 @@ def test_a_restarted_agent_knows_what_was_promised_and_handed_without_anybody(wo
     world.restart()
     assert world.hows() == {"handed": "placed"}
     assert world.admit(waiting) == {f"main {GPU}": (whole("w-1"),)}
+
+
+def test_a_restarted_agent_knows_whom_it_has_refused(world: World) -> None:
+    """The kubelet may list a failed pod, as lacking its devices, longer than the agent lives."""
+    failed = world.place("failed", whole("w-0"))
+    world.service.says = "lost"
+    with pytest.raises(CannotHand):
+        world.admit(failed, taking("w-1"))
+    world.service.says = "grant"
+    world.restart()
+    world.service.pods[failed.uid] = failed.at([whole("w-0")])
+    other = world.place("other", whole("w-1"))
+    assert world.admit(other, taking("w-0", "w-1")) != {}
+    assert world.counts()["only-one"] == 1
 
 
 def test_an_exchange_outlives_the_agent(world: World) -> None:
