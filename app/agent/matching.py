@@ -267,7 +267,7 @@ def _handed_before(scene: Scene, resource: str, size: int, ids: Collection[str])
         listed = containers is not None and one.container in containers
         if set(ids) == set(one.ids) if scene.kubelet is None else listed and not _has(containers, one):
             found.append(one)
-    found.sort(key=lambda one: set(one.ids) != set(ids))
+    found.sort(key=lambda one: (set(one.ids) != set(ids), bool(_still_running(scene, one.uid, one.devices))))
     return Match(pods[found[0].uid], found[0].container, "again", found[0]) if found else None
 
 

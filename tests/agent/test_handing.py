@@ -218,6 +218,16 @@ def test_a_container_that_is_asked_for_again_gets_the_same_devices(world: World)
     assert not world.service.asked
 
 
+def test_of_two_that_the_kubelet_has_forgotten_the_one_that_does_not_run_is_asked_for(world: World) -> None:
+    first, second = world.place("first", whole("w-0")), world.place("second", whole("w-1"))
+    world.admit(first)
+    world.admit(second)
+    world.kubelet.counted.clear()
+    world.running.pop(second.uid)
+    world.look()
+    assert world.admit(second) == {f"main {GPU}": (whole("w-1"),)}
+
+
 def test_a_running_containers_devices_are_not_handed_out_again(world: World) -> None:
     """A kubelet that has lost its checkpoint asks for somebody whom nobody has named; the one it forgot still runs."""
     world.admit(world.place("p", whole("w-1")))
