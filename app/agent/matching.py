@@ -606,9 +606,9 @@ def settle(scene: Scene, asked_at: float, now: float) -> tuple[Held, ...]:
         if one.since < asked_at and not _explains(one, shown, uids):
             owner = orphans.pop((one.resource, frozenset(one.ids)), None)
         if owner is not None:
-            kept.append(_moved(one, owner, uids))
+            kept.append(_moved(one, owner, scene))
         elif not one.uid and _explains(one, shown, uids):
-            kept.append(_moved(one, one.place, uids))
+            kept.append(_moved(one, one.place, scene))
         elif (
             one.since >= asked_at
             or _is_known(one, scene, uids)
@@ -616,7 +616,7 @@ def settle(scene: Scene, asked_at: float, now: float) -> tuple[Held, ...]:
         ):
             kept.append(one)
     known = {one.place for one in kept}
-    adopted = (_adopted(place, shown[place], scene, uids) for place in orphans.values() if place not in known)
+    adopted = (_adopted(place, shown[place], scene) for place in orphans.values() if place not in known)
     return tuple(sorted((*kept, *(one for one in adopted if one is not None)), key=by_name))
 
 
@@ -647,11 +647,22 @@ def _is_known(one: Held, scene: Scene, uids: Mapping[tuple[str, str], str]) -> b
     return any(set(containers[each.container].get(each.resource, ())) == set(each.ids) for each in shown)
 
 
-def _moved(one: Held, owner: Place, uids: Mapping[tuple[str, str], str]) -> Held:
-    uid = uids.get((owner.namespace, owner.name), "")
+def _uid_at(place: Place, size: int, scene: Scene) -> str:
+    """The UID of the pod that the kubelet shows there. One that asks for something else had the name before it."""
+    asks = {
+        pod.uid: any(
+            ask.name == place.container and ask.resources.get(place.resource) == size for ask in pod.containers
+        )
+        for pod in scene.pods
+        if (pod.namespace, pod.name) == (place.namespace, place.name)
+    }
+    return next((uid for uid in reversed(asks) if asks[uid]), "")
+
+
+def _moved(one: Held, owner: Place, scene: Scene) -> Held:
     return one.model_copy(
         update={
-            "uid": uid,
+            "uid": _uid_at(owner, len(one.ids), scene),
             "namespace": owner.namespace,
             "name": owner.name,
             "container": owner.container,
@@ -672,7 +683,7 @@ def _with_uid(one: Held, pod: PodAt | None) -> Held:
     return one.model_copy(update={"uid": pod.uid})
 
 
-def _adopted(place: Place, ids: Ids, scene: Scene, uids: Mapping[tuple[str, str], str]) -> Held | None:
+def _adopted(place: Place, ids: Ids, scene: Scene) -> Held | None:
     try:
         devices = devices_of(place.resource, ids, scene.report)
     except ValueError:
@@ -680,7 +691,7 @@ def _adopted(place: Place, ids: Ids, scene: Scene, uids: Mapping[tuple[str, str]
     if not devices:
         return None
     return Held(
-        uid=uids.get((place.namespace, place.name), ""),
+        uid=_uid_at(place, len(ids), scene),
         namespace=place.namespace,
         name=place.name,
         container=place.container,
