@@ -68,7 +68,7 @@ class PodResources:
     def __init__(self, socket: Path, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         self._socket = socket
         self._timeout = timeout_seconds
-        self._kept: tuple[Inode | None, Any] | None = None
+        self._kept: tuple[Inode | None, Any, Any] | None = None
 
     async def list(self) -> tuple[PodHas, ...]:
         """Every pod. Raises `KubeletSilent`. A connection of its own each time: this is asked seldom."""
@@ -85,11 +85,11 @@ class PodResources:
         now = inode_of(self._socket)
         if self._kept is None or self._kept[0] != now:
             self.close()
-            self._kept = now, grpc.insecure_channel(target(self._socket), options=CHANNEL)
+            channel = grpc.insecure_channel(target(self._socket), options=CHANNEL)
+            self._kept = now, channel, wire.PodResourcesListerStub(channel)
         try:
             with self._in_words():
-                lister = wire.PodResourcesListerStub(self._kept[1])
-                return _read(lister.List(api.ListPodResourcesRequest(), timeout=self._timeout))
+                return _read(self._kept[2].List(api.ListPodResourcesRequest(), timeout=self._timeout))
         except KubeletSilent:
             self.close()
             raise
