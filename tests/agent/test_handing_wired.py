@@ -241,6 +241,22 @@ def test_what_another_plugin_gave_is_reported_when_it_changes() -> None:
     assert observed.said().handed == said.handed, "containers keep what they have"
 
 
+def test_the_kubelet_is_asked_only_when_it_has_allocated_something(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.write_text("{}")
+    reads: list[int] = []
+    observed = Observed(lambda: reads.append(1) or [], checkpoint=checkpoint, seconds=0.005)  # type: ignore[func-returns-value]
+    observed.reported(mixed_report())
+    observed.start(lambda: None)
+    until(lambda: reads)
+    before = len(reads)
+    for number in range(3):
+        (tmp_path / "new").write_text(str(number))
+        (tmp_path / "new").replace(checkpoint)
+        until(lambda number=number: len(reads) > before + number)  # type: ignore[misc]
+    assert len(reads) <= before + 4, "and not all the time"
+
+
 # ---- everything together ----
 
 
