@@ -15,7 +15,7 @@ def main() -> int:
     """Rounds until the time is up."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--paths", nargs="*", default=["tests/solver", "tests/app"])
+    parser.add_argument("--paths", nargs="*", default=["tests/solver", "tests/app", "tests/agent"])
     given = parser.parse_args()
     began, rounds, tests = time.monotonic(), 0, 0
     while time.monotonic() - began < 60 * given.minutes:
