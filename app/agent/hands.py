@@ -45,6 +45,10 @@ not be asked for as long as this file is the same: that would cost an agent at r
 NVIDIA_PREFIX = "nvidia.com/"
 
 
+def _nothing() -> None:
+    """Where nobody wants to be called."""
+
+
 class Hands(Protocol):
     """What the agent's loop knows of it."""
 
@@ -121,9 +125,10 @@ class Observed:
         read: Callable[[], Iterable[PodHas]],
         *,
         checkpoint: Path | None = None,
+        close: Callable[[], None] | None = None,
         seconds: float = OBSERVE_SECONDS,
     ) -> None:
-        self._watch = Watch(read, self._seen, seconds=seconds, checkpoint=checkpoint)
+        self._watch = Watch(read, self._seen, seconds=seconds, checkpoint=checkpoint, close=close or _nothing)
         self._changed: Callable[[], None] = _nothing
         self._report: NodeReport | None = None
         self._listed: Listed | None = None
@@ -200,12 +205,17 @@ class Watch:
         *,
         seconds: float,
         checkpoint: Path | None = None,
+        close: Callable[[], None] = _nothing,
     ) -> None:
-        """With `checkpoint` only when that file has changed, and now and then."""
+        """With `checkpoint` only when that file has changed, and now and then.
+
+        `close` closes the connection before a long rest: an open one that is not used costs 0.1 % of a core.
+        """
         self._read = read
         self._seen = seen
         self._seconds = seconds
         self._checkpoint = checkpoint
+        self._close = close
 
     def start(self) -> None:
         """Begin."""
@@ -223,6 +233,8 @@ class Watch:
             except Exception:
                 log.exception("the kubelet's list")
             told = None if silent else file
+            if told is not None or self._seconds >= AGREE_SECONDS:
+                self._close()
             time.sleep(self._seconds)
             while told is not None and self._file() == told and time.monotonic() - asked_at < AGREE_SECONDS:
                 time.sleep(self._seconds)
@@ -254,7 +266,7 @@ def hands_of(
 
     kubelet = PodResources(kubelet_dir / "pod-resources" / "kubelet.sock")
     if option == "observe":
-        return Observed(kubelet.read, checkpoint=kubelet_dir / "device-plugins" / CHECKPOINT)
+        return Observed(kubelet.read, checkpoint=kubelet_dir / "device-plugins" / CHECKPOINT, close=kubelet.close)
     if state_dir is None:
         raise ValueError("handing out devices needs --state-dir: a restarted agent must know what it has handed out")
     from app.agent.kubelet.plugin import DevicePlugins
@@ -268,9 +280,5 @@ def hands_of(
         record=RecordFile(state_dir, node=node),
     )
     plugins = DevicePlugins(kubelet_dir / "device-plugins", handing)
-    watch = Watch(kubelet.read, handing.agree, seconds=AGREE_SECONDS)
+    watch = Watch(kubelet.read, handing.agree, seconds=AGREE_SECONDS, close=kubelet.close)
     return Plugin(handing, plugins, watch, cdi=cdi, shares=shares)
-
-
-def _nothing() -> None:
-    """Before anybody wants to know."""

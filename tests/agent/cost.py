@@ -40,6 +40,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from app.agent.hands import CHECKPOINT
 from app.report import Make, OrderList, SliceAt
 from solver.samples import sample_node
 from tests.agent.conftest import ROOT, Bench
@@ -223,6 +224,7 @@ def kubelet(directory: Path) -> Iterator[Path]:
     plugins.mkdir(parents=True)
     resources.mkdir()
     registry, pods = Kubelet(plugins), Pods(resources / "kubelet.sock")
+    (plugins / CHECKPOINT).write_text("{}")
     pods.pods = [("default", f"pod-{number}", {"main": []}) for number in range(40)]
     yield directory
     pods.close()

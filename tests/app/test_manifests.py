@@ -185,12 +185,27 @@ def test_agent_reaches_the_kubelet_where_it_listens_and_keeps_what_it_has_handed
     mounts = {mount["mountPath"]: hosts.get(mount["name"]) for mount in agent["volumeMounts"]}
     kubelet = "/var/lib/kubelet"
 
-    assert "--hand=plugin" in agent["args"]
     for path in (f"{kubelet}/device-plugins", f"{kubelet}/pod-resources", "/var/run/cdi", "/var/lib/tangram"):
         assert mounts[path] == path
     defaults = inspect.signature(run_agent).parameters
     assert defaults["kubelet_dir"].default == Path(kubelet)
     assert Giving().cdi_dir == Path("/var/run/cdi")
+
+
+def test_agents_change_nothing_beside_nvidias_plugin_unless_the_component_says_so() -> None:
+    pod = documents("base/agent.yaml")["DaemonSet"]["spec"]["template"]["spec"]
+    args = pod["containers"][0]["args"]
+    component = yaml.safe_load((MANIFESTS / "components/device-plugin/kustomization.yaml").read_text())
+    patch = yaml.safe_load(component["patches"][0]["patch"])
+    root = "/spec/template/spec/containers/0/args/"
+
+    assert {"--hand=observe", "--mig=observe"} <= set(args)
+    for step in patch:
+        number = int(step["path"].removeprefix(root))
+        if step["op"] == "test":
+            assert args[number] == step["value"]
+        args[number] = step["value"]
+    assert {"--hand=plugin", "--mig=make"} <= set(args)
 
 
 def test_agents_token_and_ca_are_those_that_the_service_expects() -> None:

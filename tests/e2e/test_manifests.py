@@ -64,6 +64,22 @@ def test_the_nvidia_runtime_class_can_be_added(cluster: Cluster, tmp_path: Path)
     assert agent["spec"]["template"]["spec"]["runtimeClassName"] == "nvidia"
 
 
+def test_agents_can_take_the_device_plugins_place(cluster: Cluster, tmp_path: Path) -> None:
+    text = (
+        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
+        f"resources: [{_relative(tmp_path, 'base')}]\n"
+        f"components: [{_relative(tmp_path, 'components/device-plugin')}]\n"
+    )
+    (tmp_path / "kustomization.yaml").write_text(text)
+
+    rendered = yaml.safe_load_all(cluster.kubectl("kustomize", str(tmp_path)))
+
+    (agent,) = [each for each in rendered if each["kind"] == "DaemonSet"]
+    args = agent["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert {"--hand=plugin", "--mig=make"} <= set(args)
+    assert not {"--hand=observe", "--mig=observe"} & set(args)
+
+
 def _relative(start: Path, name: str) -> str:
     return str(Path(*[".."] * (len(start.parts) - 1), *(MANIFESTS / name).parts[1:]))
 
