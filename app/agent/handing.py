@@ -33,6 +33,7 @@ from app.agent.matching import (
     Match,
     Not,
     Scene,
+    asks_beside,
     beside,
     blocked,
     by_name,
@@ -257,7 +258,7 @@ class Handing:
 
     async def _beside(self, match: Match | None, resource: str) -> dict[str, Devices]:
         """What else must be in the answer, by resource. Raises `CannotHand` where too little was placed for it."""
-        if match is None or not self._giver.whole:
+        if match is None or not self._giver.whole or not asks_beside(match, resource):
             return {}
         others = beside(await self._look(), match, resource)
         for other, devices in others.items():

@@ -218,7 +218,8 @@ def _one_of(pods: Sequence[PodAt], scene: Scene, resource: str, size: int, ids: 
     }
     if not fitting:
         return None
-    uid, rule = next(iter(fitting)), "oldest"
+    uid = next(iter(fitting))
+    rule: Rule = "oldest"
     if len(waiting) == 1:
         rule = "only-one"
     elif len(fitting) == 1:
@@ -229,7 +230,7 @@ def _one_of(pods: Sequence[PodAt], scene: Scene, resource: str, size: int, ids: 
             uid, rule = named[0], "ids"
         elif named:
             uid = named[0]
-    return Match(by_uid[uid], fitting[uid], rule)  # type: ignore[arg-type]
+    return Match(by_uid[uid], fitting[uid], rule)
 
 
 def _lacking(scene: Scene, pod: PodAt, resource: str) -> list[tuple[str, int]]:
@@ -340,14 +341,18 @@ def decide(scene: Scene, match: Match | None, resource: str, ids: Sequence[str])
     return Give(both, "overridden" if siblings else "placed")
 
 
+def asks_beside(match: Match, resource: str) -> dict[str, int]:
+    """The other resources that the container asks for, and how much of each."""
+    asks = next((ask.resources for ask in match.pod.containers if ask.name == match.container), {})
+    return {other: count for other, count in sorted(asks.items()) if other != resource and count and is_ours(other)}
+
+
 def beside(scene: Scene, match: Match, resource: str) -> dict[str, Devices]:
     """By resource, what the container has or is to have of the other resources that it asks for."""
-    asks = next((ask.resources for ask in match.pod.containers if ask.name == match.container), {})
     found: dict[str, Devices] = {}
-    for other, count in sorted(asks.items()):
-        if other != resource and count and is_ours(other):
-            held = scene.held_by(match.pod.uid, match.container, other)
-            found[other] = held.devices if held else rest_of(scene, match, other, count)[:count]
+    for other, count in asks_beside(match, resource).items():
+        held = scene.held_by(match.pod.uid, match.container, other)
+        found[other] = held.devices if held else rest_of(scene, match, other, count)[:count]
     return found
 
 
@@ -360,7 +365,7 @@ def decide_whole(
     later ones: the placement, without an exchange.
     """
     choice = decide(scene, match, resource, ids)
-    if match is None or match.again is not None or isinstance(choice, Not) or not beside(scene, match, resource):
+    if match is None or match.again is not None or isinstance(choice, Not) or not asks_beside(match, resource):
         return choice
     if not match.pod.devices:
         return Not(

@@ -48,7 +48,6 @@ ASKS = (
     ({GPU: 4}, 1),
 )
 ENDS_AFTER = "tangram.test/seconds"  # see controlplane/kubelet_life.go
-REFUSED = ("UnexpectedAdmissionError", "TopologyAffinityError")
 STEP_SECONDS = 0.2
 IDLE_SECONDS = 4.0
 REFUSED_SECONDS = 2.0
