@@ -133,6 +133,7 @@ class Observed:
         self._report: NodeReport | None = None
         self._listed: Listed | None = None
         self._silent = "the kubelet has not been asked yet"
+        self._count = 0
         self._said = Said("observe", self._silent, (), {})
 
     def start(self, changed: Callable[[], None]) -> None:
@@ -168,7 +169,8 @@ class Observed:
         if self._report is None:
             return
         handed = tuple(one.said() for one in what_others_handed(self._listed, self._report))[:MOST_HANDED]
-        said = Said("observe", self._silent, handed, {"observed": len(handed)} if handed else {})
+        self._count += len([one for one in handed if one not in self._said.handed])
+        said = Said("observe", self._silent, handed, {"observed": self._count} if self._count else {})
         if said != self._said:
             self._said = said
             self._changed()

@@ -235,6 +235,10 @@ def test_what_another_plugin_gave_is_reported_when_it_changes() -> None:
     assert changed.wait(10)
     (handed,) = observed.said().handed
     assert (handed.name, handed.uid, handed.devices, handed.how) == ("p", "", (DeviceAt(gpu="w-1"),), "observed")
+    assert observed.said().counts == {"observed": 1}
+    pods[:] = [PodHas("default", "q", (ContainerHas("main", {GPU: ("w-0",)}),))]
+    until(lambda: [one.name for one in observed.said().handed] == ["q"])
+    assert observed.said().counts == {"observed": 2}, "a count, which never falls"
     said = observed.said()
     silent[0] = True
     until(lambda: observed.said().none == "nobody listens")
