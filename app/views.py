@@ -218,6 +218,7 @@ class Views:
             "devices": [str(device) for device in hold.devices],
             "since_seconds": round(self._clock() - hold.since, 1),
             "reason": self._reason(hold),
+            "annotated": hold.pod.uid not in self._handing.unwritten,
         }
 
     def _reason(self, hold: Hold) -> str:
@@ -243,6 +244,7 @@ class Views:
             "devices": [],
             "since_seconds": round(self._clock() - waiting.since, 1),
             "reason": waiting.reason,
+            "annotated": False,
         }
 
     def _gpu(self, entry: Entry, gpu: Gpu, holds: tuple[Hold, ...]) -> Json:

@@ -327,7 +327,7 @@ def decide(scene: Scene, match: Match | None, resource: str, ids: Sequence[str])
         return Give(taken, "unplaced")
     rest = rest_of(scene, match, resource, len(ids))
     if resource in SHARES:
-        return _share(rest, taken, match)
+        return _share(rest, taken, _handed_beside(scene, match, resource), match)
     if len(rest) < len(taken):
         return Not(f"{_of(match)} asks for {len(ids)} of {resource}, and Tangram has placed {len(rest)} for it")
     both = tuple(device for device in taken if device in rest)
@@ -335,10 +335,14 @@ def decide(scene: Scene, match: Match | None, resource: str, ids: Sequence[str])
     # What the kubelet counts here is another container's of this pod where it counts something else there: no exchange.
     siblings = [device for device in taken if device not in both and device in match.pod.devices]
     strangers = tuple(device for device in taken if device not in both and device not in siblings)
-    both, spare = both + spare[: len(siblings)], spare[len(siblings) :]
+    # What an init container was handed has been used under this pod's name: it is not given away for something else.
+    handed = _handed_beside(scene, match, resource)
+    used = sum(device in handed for device in spare)
+    fixed = min(max(len(siblings), used), len(siblings) + len(strangers))
+    both, spare, strangers = both + spare[:fixed], spare[fixed:], strangers[fixed - len(siblings) :]
     if strangers:
-        return Ask(give=spare[: len(strangers)], take=strangers, both=both, true=not siblings)
-    return Give(both, "overridden" if siblings else "placed")
+        return Ask(give=spare[: len(strangers)], take=strangers, both=both, true=not fixed)
+    return Give(both, "overridden" if fixed else "placed")
 
 
 def asks_beside(match: Match, resource: str) -> dict[str, int]:
@@ -384,12 +388,14 @@ def _again(before: Held, taken: Devices) -> Give:
     return Give(before.devices, "overridden")
 
 
-def _share(rest: Devices, taken: Devices, match: Match) -> Give | Ask | Not:
+def _share(rest: Devices, taken: Devices, used: Devices, match: Match) -> Give | Ask | Not:
     """Of a share the GPU counts, and how much the service has reckoned it to be."""
     if not rest:
         return Not(f"{_of(match)} asks for a share, and Tangram has placed none for it")
     if {device.gpu for device in taken} == {device.gpu for device in rest}:
         return Give(rest, "placed")
+    if any(device in used for device in rest):
+        return Give(rest, "overridden")
     return Ask(give=rest, take=taken, both=())
 
 
@@ -401,11 +407,7 @@ def rest_of(scene: Scene, match: Match, resource: str, size: int) -> Devices:
     """
     placed = of_resource(match.pod.devices, resource)
     containers = scene.containers(match.pod.namespace, match.pod.name)
-    siblings = [
-        one
-        for one in scene.held
-        if one.uid == match.pod.uid and one.resource == resource and one.container != match.container
-    ]
+    siblings = _siblings(scene, match, resource)
     kept = [device for one in siblings if containers is None or one.container in containers for device in one.devices]
     left = list(placed)
     for device in kept:
@@ -413,8 +415,21 @@ def rest_of(scene: Scene, match: Match, resource: str, size: int) -> Devices:
             left.remove(device)
     if resource in SHARES:
         return _share_of(left, resource, size)
-    used = [device for one in siblings for device in one.devices]  # the kubelet uses an init container's first
+    used = _handed_beside(scene, match, resource)  # the kubelet uses an init container's first
     return tuple(sorted(left, key=lambda device: device not in used))
+
+
+def _siblings(scene: Scene, match: Match, resource: str) -> list[Held]:
+    """What other containers of the pod were handed of this resource."""
+    return [
+        one
+        for one in scene.held
+        if one.uid == match.pod.uid and one.resource == resource and one.container != match.container
+    ]
+
+
+def _handed_beside(scene: Scene, match: Match, resource: str) -> Devices:
+    return tuple(device for one in _siblings(scene, match, resource) for device in one.devices)
 
 
 def _share_of(left: Sequence[DeviceAt], resource: str, size: int) -> Devices:

@@ -164,6 +164,31 @@ def test_what_the_kubelet_takes_from_a_sibling_that_it_counts_wrongly_is_not_ask
     assert decide(Scene(REPORT, (a,), (one,), listed), match(a), GPU, ["w-1"]) == Give((whole("w-0"),), "overridden")
 
 
+def test_what_an_init_container_was_handed_is_not_given_away_for_what_the_kubelet_counts() -> None:
+    """It was refused an exchange for w-2 and has used w-0; the kubelet counts w-2 again. The pod has one device."""
+    a = pod("a", whole("w-0"), asks={"prepare": 1, "main": 1})
+    prepare = held(a, whole("w-0"), container="prepare", ids=("w-2",))
+    scene = Scene(REPORT, (a,), (prepare,), Listed({("default", "a"): {"main": {}}}))
+    assert decide(scene, match(a), GPU, ["w-2"]) == Give((whole("w-0"),), "overridden")
+
+
+def test_only_what_no_init_container_was_handed_is_exchanged() -> None:
+    a = pod("a", whole("w-0"), whole("w-1"), asks={"prepare": 1, "main": 2})
+    prepare = held(a, whole("w-1"), container="prepare", ids=("w-2",))
+    listed = Listed({("default", "a"): {"main": {}}})
+    ask = decide(Scene(REPORT, (a,), (prepare,), listed), match(a), GPU, ["w-2", "w-3"])
+    assert ask == Ask(give=(whole("w-0"),), take=(whole("w-3"),), both=(whole("w-1"),), true=False)
+
+
+def test_an_init_containers_share_is_not_given_away() -> None:
+    share, resource = DeviceAt(gpu="w-0", milli=250), "tangram.gpu/share-milli"
+    a = pod("a", share, resource=resource, asks={"prepare": 250, "main": 250})
+    taken = tuple(f"w-1::{number}" for number in range(250))
+    prepare = held(a, share, container="prepare", ids=taken).model_copy(update={"resource": resource})
+    listed = Listed({("default", "a"): {"main": {}}})
+    assert decide(Scene(REPORT, (a,), (prepare,), listed), match(a), resource, taken) == Give((share,), "overridden")
+
+
 def test_a_stale_list_gives_nothing_in_words() -> None:
     a = pod("a", whole("w-0"), asks={"main": 2})
     assert isinstance(decide(Scene(REPORT, (a,)), match(a), GPU, ["w-0", "w-1"]), Not)

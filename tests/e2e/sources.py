@@ -27,6 +27,7 @@ class Sources:
     seen_made: int = 0
     seen_removed: int = 0
     _boards: dict[tuple[str, str, int], str] = field(default_factory=dict)
+    _unwritten: set[str] = field(default_factory=set)
 
     def look(self) -> None:
         """One step. Only pods that were the same before and after the other two were read are compared."""
@@ -52,6 +53,8 @@ class Sources:
         if given is None:
             self._say(f"{name} is bound without a placement")
             return
+        if uid in self._unwritten:
+            return  # the service says that this pod's annotation is being written; `until_owned` waits for all of them
         if ledger is not None and ledger.get(uid) != sorted(str(piece) for piece in given.pieces):
             self._say(f"{name}: its annotation says {[*map(str, given.pieces)]}, the ledger {ledger.get(uid)}")
         named = [uuids_of(before), uuids_of(after)]
@@ -71,7 +74,7 @@ class Sources:
         }
 
     def _ledger(self) -> dict[str, list[str]] | None:
-        """Devices by pod; None while the service is down or not ready."""
+        """Devices by pod, noting whose annotation the service says is still old; None while it is not ready."""
         try:
             if not self.stack.service.readiness()["ready"]:
                 return None
@@ -80,6 +83,7 @@ class Sources:
                 return None
         except httpx.HTTPError:
             return None
+        self._unwritten = {each["uid"] for each in pods if each["devices"] and not each["annotated"]}
         return {each["uid"]: sorted(each["devices"]) for each in pods if each["phase"] in ("assumed", "held")}
 
     def _read_boards(self) -> dict[tuple[str, str, int], str]:
@@ -110,7 +114,7 @@ class Sources:
                 for piece in self._pieces(pod)
                 if piece.profile
             }
-            if owned == set(self._boards):
+            if owned == set(self._boards) and not self._unwritten:
                 return len(owned)
             if time.monotonic() > deadline:
                 without, missing = set(self._boards) - owned, owned - set(self._boards)
