@@ -46,7 +46,7 @@ PAGE_HEADERS = {
 def extender_routes(service: Service) -> APIRouter:
     """The four verbs that kube-scheduler calls."""
     router = APIRouter()
-    extender, metrics = service.extender, service.metrics
+    extender, binder, metrics = service.extender, service.binder, service.metrics
     limit = service.settings.request_limit_bytes
 
     @router.post("/filter")
@@ -77,7 +77,7 @@ def extender_routes(service: Service) -> APIRouter:
     async def bind_pod(request: Request) -> Response:
         with metrics.timed("bind"):
             try:
-                error = await extender.bind(wire.parse_bind(await body_of(request, limit)))
+                error = await binder.bind(wire.parse_bind(await body_of(request, limit)))
             except BadInput as bad:
                 error = str(bad)
             except Exception as crash:

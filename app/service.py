@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 
+from app.binder import Binder
 from app.errors import BadInput, KubeError
 from app.events import Events
 from app.extender import Extender
@@ -98,7 +99,7 @@ class Service:
             not_ready=self.waiting_for,
             wake=self.orders.wake,
             order=self.orders.refresh,
-            binding=lambda uid: self.extender.is_binding(uid),
+            binding=lambda uid: self.binder.is_binding(uid),
             count=lambda name, label, number: self.metrics.count(name, label, number),
             term=self._current_term,
         )
@@ -124,6 +125,17 @@ class Service:
                 self._watch(kube, "nodes", self._nodes_listed, self._node_event),
             )
         self.extender = Extender(
+            settings=settings,
+            ledger=self.ledger,
+            offers=self.offers,
+            refusals=self.refusals,
+            truth=self.truth,
+            schedule=self.schedule,
+            standalone=kube is None,
+            waiting_for=self.waiting_for,
+            clock=clock,
+        )
+        self.binder = Binder(
             settings=settings,
             ledger=self.ledger,
             offers=self.offers,
@@ -161,7 +173,7 @@ class Service:
 
     async def stop(self) -> None:
         """End binds in flight, then everything; give the Lease back."""
-        await self.extender.close()
+        await self.binder.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -381,7 +393,7 @@ class Service:
                 self.orders.sweep()
                 if self.settings.mig_modes:
                     self.modes.sweep()
-                self.extender.settle_orphans()
+                self.binder.settle_orphans()
                 self._forget_gone_nodes(now)
             await asyncio.sleep(CHORES_SECONDS)
 

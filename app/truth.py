@@ -402,7 +402,10 @@ class Truth:
     # -- those who wait -------------------------------------------------------------------------------
 
     def refused(self, pod: Pod, reason: str) -> None:
-        """No node that we were asked about fits this pod."""
+        """No node that we were asked about fits this pod; an earlier proposal of its own stands in nobody's way now."""
+        hold = self._ledger.get(pod.ref.uid)
+        if hold is not None and not hold.firm:
+            self._ledger.forget(pod.ref.uid)
         if pod.ref.uid in self._gone:
             return
         now = self._clock()

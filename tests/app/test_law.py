@@ -502,7 +502,7 @@ async def test_a_pods_requests_are_counted_once_from_assumption_to_release():
 
 async def test_a_node_that_came_back_is_not_barred_by_a_late_not_found(world):
     world.kube.before["get_node"] = failing(NotFound("404"))
-    world.service.extender.check("h1", "in doubt")
+    world.service.binder.check("h1", "in doubt")
     await world.until(lambda: not world.service.offers.fault("h1"))
 
 

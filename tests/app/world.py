@@ -77,7 +77,7 @@ class World:
 
     async def bind(self, name: str, node: str, *, uid: str = "") -> str:
         ref = PodRef(uid or f"uid-{name}", "default", name)
-        return await self.service.extender.bind(BindArgs(ref, node))
+        return await self.service.binder.bind(BindArgs(ref, node))
 
     async def schedule(self, name: str) -> str:
         """One whole cycle, as kube-scheduler runs it; the node's name, or "" when nothing fits."""
