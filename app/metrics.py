@@ -3,10 +3,19 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from app.loop import LoopWatch
 from app.schedule import JointPlan
 
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 12.0)
@@ -17,8 +26,10 @@ Gauges = Callable[[], Iterable[tuple[str, str, dict[str, float]]]]
 class Metrics:
     """One registry for one app. `gauges()` is asked at each scrape for (name, help, {state: value})."""
 
-    def __init__(self, gauges: Gauges) -> None:
+    def __init__(self, gauges: Gauges, loop: LoopWatch) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
         self.seconds = Histogram(
             "tangram_request_seconds",
             "Time to answer kube-scheduler",
@@ -58,6 +69,7 @@ class Metrics:
         )
         self.wakes = Counter("tangram_wakes", "Nodes touched to wake refused pods", registry=self.registry)
         self.registry.register(_Now(gauges))
+        self.registry.register(_Blocked(loop))
 
     @contextmanager
     def timed(self, verb: str) -> Iterator[None]:
@@ -94,3 +106,21 @@ class _Now(Collector):
             for state, value in values.items():
                 family.add_metric([state], value)
             yield family
+
+
+class _Blocked(Collector):
+    def __init__(self, loop: LoopWatch) -> None:
+        self._clocks = {"wall": loop.wall, "own": loop.own}
+
+    def collect(self) -> Iterator[Metric]:
+        about = "How long the event loop did nothing else (wall), and how much of that was its own work (own)"
+        family = HistogramMetricFamily("tangram_loop_blocked_seconds", about, labels=["clock"])
+        longest = GaugeMetricFamily(
+            "tangram_loop_blocked_longest_seconds", "The longest of it", labels=["clock", "since"]
+        )
+        for clock, late in self._clocks.items():
+            family.add_metric([clock], late.buckets(), late.total)
+            longest.add_metric([clock, "start"], late.longest)
+            longest.add_metric([clock, "scrape"], late.take_longest_lately())
+        yield family
+        yield longest

@@ -23,6 +23,7 @@ from app.inventory import Inventory, Ownership, profiles_in
 from app.kube import Event, Kube, Listed
 from app.lease import Lease
 from app.ledger import Ledger
+from app.loop import LoopWatch, Tidying
 from app.manifests import managed_resource_names
 from app.metrics import Metrics
 from app.modes import Modes
@@ -51,6 +52,7 @@ from solver import DEFAULT_POLICY, Device
 log = logging.getLogger(__name__)
 
 CHORES_SECONDS = 0.5
+TIDY_SECONDS = 0.1
 GONE_AFTER_STALE = 4.0  # times `stale_seconds`: then a node that the API server does not have is forgotten
 UNKNOWN_WAITERS_SECONDS = 60.0  # after a rebuild: by then the agents have reported and the pods were looked at anew
 LOOK_SECONDS = 0.05
@@ -106,7 +108,8 @@ class Service:
         self.events = Events(instance=settings.identity)
         self.modes = Modes(self.ledger, self.inventory, self.offers, self.orders, self.truth, clock=clock)
         self.views = Views(self.ledger, self.inventory, self.offers, self.orders, self.handing, self.truth, clock=clock)
-        self.metrics = Metrics(self._gauges)
+        self.loop = LoopWatch(tell_seconds=settings.tell_blocked_seconds)
+        self.metrics = Metrics(self._gauges, self.loop)
         self.schedule = Schedule()
         self.planner = self._planner() if settings.planning else None
         self.lease: Lease | None = None
@@ -161,7 +164,8 @@ class Service:
 
     async def start(self) -> None:
         """Start every background task; readiness follows by itself."""
-        loops = [self._do_chores()]
+        self.loop.start()
+        loops = [self._do_chores(), self._tidy()]
         if self.kube is not None and self.lease is not None:
             loops += [self.lease.run(), self._rebuild(), self._wake(self.kube), self._name_slices(self.kube)]
             loops += [self._write_placements(), self._tell_refusals(self.kube)]
@@ -177,6 +181,7 @@ class Service:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.loop.stop()
         if self.lease is not None:
             await self.lease.release()
         if self.kube is not None:
@@ -396,6 +401,16 @@ class Service:
                 self.binder.settle_orphans()
                 self._forget_gone_nodes(now)
             await asyncio.sleep(CHORES_SECONDS)
+
+    async def _tidy(self) -> None:
+        tidying = Tidying()
+        tidying.begin()
+        try:
+            while True:
+                await asyncio.sleep(TIDY_SECONDS)
+                tidying.tidy()
+        finally:
+            tidying.end()
 
     def _forget_gone_nodes(self, now: float) -> None:
         """Nodes that the API server does not have, and whose agents have been silent for long, are no more."""

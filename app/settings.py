@@ -164,6 +164,11 @@ class Settings(BaseSettings):
         gt=0,
         description="largest extender request that is read: 5,000 full nodes are 43 MB",
     )
+    tell_blocked_seconds: float = Field(
+        default=0.0,
+        ge=0,
+        description="log what the event loop was doing when it was blocked for longer; 0: only count it (/metrics)",
+    )
     log_level: str = Field(default="info", description="debug, info, warning or error")
 
     @model_validator(mode="after")
