@@ -4,20 +4,23 @@ All of it is dictionary work on the event loop. Every verb may be called twice, 
 are never heard of again.
 """
 
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from heapq import merge
+from itertools import chain, groupby, islice
+from operator import itemgetter
 
 from app.ledger import Hold, Ledger
-from app.offers import Offers
+from app.offers import Offers, head, in_brief
 from app.refusals import Refusals
 from app.schedule import Schedule
 from app.settings import Settings
-from app.translate import Json, Malformed, Pod, pod_of
+from app.translate import Json, Malformed, Pod, has_preferences, pod_of
 from app.truth import Truth
-from app.wire import Args, Filtered, PreemptArgs, Victims
+from app.wire import Args, Filtered, Left, PreemptArgs, Scored, Victims
 from solver import Demand, Placement, Refusal
+from solver.prices import Prices
 
 RANK_STEP = 1000  # ×10 by kube-scheduler: one rank outweighs all in-tree scores together (about 1,400)
 LOOK_EVERY = 512  # nodes between two looks at the clock
@@ -61,67 +64,98 @@ class Extender:
 
     # -- filter ---------------------------------------------------------------------------------------
 
-    def filter(self, args: Args) -> Filtered:
-        """The nodes that fit, and why each of the others does not."""
-        pod = self._pod(args.pod)
+    def filter(self, args: Args, *, trial: bool = False) -> Filtered:
+        """The nodes that fit, and why each of the others does not. A `trial` leaves no trace.
+
+        Where more fit than the settings want in an answer it is the best of them, and nobody is told of the others:
+        kube-scheduler reads reasons only where nothing fits.
+        """
+        pod = self._pod(args.pod, trial=trial)
         if isinstance(pod, NotNow):
             return Filtered(error=pod.reason)
         if isinstance(pod.ask, Malformed):
-            self._truth.refused(pod, pod.ask.reason)
-            return Filtered(unresolvable=dict.fromkeys(args.names, pod.ask.reason))
+            if not trial:
+                self._truth.refused(pod, pod.ask.reason)
+            return Filtered(left={Refusal(pod.ask.reason): args.names})
         if not pod.ask.takes_devices:
-            return Filtered(fitting=args.names)
+            return Filtered(args.names)
         hold = self._ledger.get(pod.ref.uid)
         if hold is not None and hold.firm:
             return _only(hold, args.names)
-        fitting = self._offers.fitting(pod.ask, args.names, self._until_deadline())
-        if fitting is None:
+        go_on = self._until_deadline()
+        prices = self._offers.prices(pod.ask, go_on)
+        if prices is None:
             return Filtered(error=f"filter took longer than {self._settings.cycle_deadline_seconds} s; ask again")
         refused = self._refusals.on(pod.ask)
-        if refused:
-            fitting = [name for name in fitting if name not in refused]
-        result = self._explained(pod.ask, args.names, fitting)
-        if result.error:
-            return result
+        most = self._settings.most_nodes
+        if most and len(args.names) > most and not has_preferences(args.pod):
+            fitting = self._best(pod, pod.ask, prices, set(args.names).difference(refused), most)
+            left: Left | None = {}
+        else:
+            fitting = [name for name in args.names if name in prices.by_name and name not in refused]
+            left = None
+        if not fitting or left is None:
+            left = self._left_out(pod.ask, args.names, set(fitting), refused, go_on)
+            if left is None:
+                return Filtered(error=f"filter took longer than {self._settings.cycle_deadline_seconds} s; ask again")
+        if not trial:
+            self._note(pod, pod.ask, args.names, fitting, left)
+        return Filtered(fitting, left)
+
+    def _note(self, pod: Pod, demand: Demand, names: Sequence[str], fitting: Sequence[str], left: Left) -> None:
+        """What follows from an answer: a promise where it leaves no choice, or a pod that waits."""
         if len(fitting) == 1:
-            self._propose(pod, pod.ask, fitting[0])
+            self._propose(pod, demand, fitting[0])
         if fitting:
             self._truth.fits(pod.ref.uid)
         else:
-            self._truth.refused(pod, self._summary(pod.ask, result))
-            self._truth.refused_on_all(pod.ask, args.names)
-        return result
+            self._truth.refused(pod, self._summary(demand, left))
+            self._truth.refused_on_all(demand, names)
 
-    def _summary(self, demand: Demand, result: Filtered) -> str:
+    def _summary(self, demand: Demand, left: Left) -> str:
         """Why no node fits, in one line: first the reasons that room would mend, then the frequent ones."""
-        nearest = next(iter(result.failed), None) or next(iter(result.unresolvable), None)
-        if nearest is None:
+        if not left:
             return "kube-scheduler offered no node"
-        counted: list[tuple[str, int]] = []
-        for reasons in (result.failed, result.unresolvable):
-            counted += Counter(head(reason) for reason in reasons.values()).most_common()
-        parts = [f"{count} node{'s' if count != 1 else ''}: {reason}" for reason, count in counted[:REASONS_KEPT]]
-        more = len(counted) - REASONS_KEPT
+        counted: Counter[Refusal] = Counter()
+        for why, names in left.items():
+            counted[in_brief(why)] += len(names)
+        order = sorted(counted.items(), key=lambda each: (not each[0].resolvable, -each[1]))
+        parts = [f"{count} node{'s' if count != 1 else ''}: {why.reason}" for why, count in order[:REASONS_KEPT]]
+        more = len(order) - REASONS_KEPT
+        nearest = next(names[0] for why, names in left.items() if why.resolvable == order[0][0].resolvable)
         detail = self._why_not(demand, nearest, self._refusals.on(demand)).reason
         example = f" (on {nearest}: {detail})" if detail != head(detail) else ""
         return "; ".join(parts) + (f"; and {more} other reasons" if more > 0 else "") + example
 
-    def _explained(self, demand: Demand, names: Sequence[str], fitting: list[str]) -> Filtered:
-        """A reason for every node that is left out, in the map that tells whether eviction could help."""
-        fits = set(fitting)
-        failed: dict[str, str] = {}
-        unresolvable: dict[str, str] = {}
-        go_on = self._until_deadline()
-        brief = len(names) - len(fits) > DETAILED_NODES
-        refused = self._refusals.on(demand)
-        for position, name in enumerate(names):
-            if name in fits:
-                continue
-            if position % LOOK_EVERY == 0 and not go_on():
-                return Filtered(error=f"filter took longer than {self._settings.cycle_deadline_seconds} s")
-            refusal = self._why_not(demand, name, refused)
-            (failed if refusal.resolvable else unresolvable)[name] = head(refusal.reason) if brief else refusal.reason
-        return Filtered(fitting, failed, unresolvable)
+    def _left_out(
+        self,
+        demand: Demand,
+        names: Sequence[str],
+        fits: set[str],
+        refused: Mapping[str, str],
+        go_on: Callable[[], bool],
+    ) -> Left | None:
+        """Why each of the others does not fit; None where that would take too long."""
+        others = [name for name in names if name not in fits] if fits else names
+        left: dict[Refusal, list[str]] = {}
+        if len(others) <= DETAILED_NODES:
+            for name in others:
+                left.setdefault(self._why_not(demand, name, refused), []).append(name)
+            return left
+        briefs, looked = self._offers.briefs(demand), 0
+        for name in others:
+            why = briefs.get(name)
+            if why is None or name in refused:
+                looked += 1
+                if looked % LOOK_EVERY == 0 and not go_on():
+                    return None
+                why = in_brief(self._why_not(demand, name, refused)) if name in refused else None
+                why = why or self._offers.brief_refusal(demand, name)
+            if why in left:
+                left[why].append(name)
+            else:
+                left[why] = [name]
+        return left
 
     def _why_not(self, demand: Demand, name: str, refused: Mapping[str, str]) -> Refusal:
         """Why this node does not fit. Where its kubelet has refused the like, room that is made may mend it."""
@@ -129,33 +163,57 @@ class Extender:
             return Refusal(refused[name], resolvable=True)
         return self._offers.refusal(demand, name)
 
-    # -- prioritize -----------------------------------------------------------------------------------
+    # -- the order of nodes ---------------------------------------------------------------------------
 
-    def prioritize(self, args: Args) -> list[tuple[str, int]]:
-        """Scores: 1000 × the rank of the price (the cheapest highest), plus 1 for our first choice.
+    def _best(self, pod: Pod, demand: Demand, prices: Prices, asked: set[str], most: int) -> list[str]:
+        """The best of the nodes: the very best where there shall be but one."""
+        if most == 1:
+            _, best = next(iter(self._ranked(pod, demand, prices, asked)), (0, ()))
+            return [min(best)] if best else []
+        planned = [name for name in self._schedule.nodes_for(demand) if name in asked and name in prices.by_name]
+        first = planned[:most]
+        taken = set(first)
+        cheapest = (name for _, names in prices.cheapest_first() for name in names if name in asked)
+        return first + list(islice((name for name in cheapest if name not in taken), most - len(first)))
+
+    def _ranked(
+        self, pod: Pod, demand: Demand, prices: Prices, asked: set[str]
+    ) -> Iterator[tuple[int, Collection[str]]]:
+        """The nodes that fit, the best first and equal ones together, each lot with its price.
 
         Nodes on which the joint plan has a pod like this come first, those where it would need what is softly
         promised to others last; each in the order of their prices.
         """
-        pod = self._pod(args.pod)
+        by_name = prices.by_name
+        soft = self._offers.soft_prices(demand, by_name, uid=pod.ref.uid)
+        soft = {name: price for name, price in soft.items() if name in asked}
+        planned = {name for name in self._schedule.nodes_for(demand) if name in asked and name in by_name}
+        promised = {name: by_name[name] for name, price in soft.items() if price is None}
+        softly = {name: price for name, price in soft.items() if price is not None}
+        special = planned | soft.keys()
+        yield from _by_price({name: softly.get(name, by_name[name]) for name in planned if name not in promised})
+        others = _by_price({name: price for name, price in softly.items() if name not in planned})
+        all_asked = len(asked) >= len(by_name) and by_name.keys() <= asked
+        yield from _merged(_among(prices, None if all_asked else asked, special), others)
+        yield from _by_price(promised)
+
+    # -- prioritize -----------------------------------------------------------------------------------
+
+    def prioritize(self, args: Args, *, trial: bool = False) -> Scored:
+        """Scores: 1000 × the rank of a node (the best highest), plus 1 for our first choice among the best."""
+        pod = self._pod(args.pod, trial=trial)
         if isinstance(pod, NotNow) or isinstance(pod.ask, Malformed) or not pod.ask.takes_devices:
-            return []
-        priced = self._offers.priced(pod.ask, args.names, self._until_deadline(), uid=pod.ref.uid)
-        planned = self._schedule.nodes_for(pod.ask)
-        rest = {name: price for name, price in priced.free.items() if name not in planned}
-        first = {name: priced.free[name] for name in planned if name in priced.free}
-        scores: dict[str, int] = {}
-        ranks = 0
-        for prices in (priced.promised, rest, first):
-            scores |= _scores(prices, first_rank=1 + ranks)
-            ranks += len(set(prices.values()))
-        if not scores:
-            return []
-        highest = max(scores.values())
-        choice = min(name for name, score in scores.items() if score == highest)
-        self._propose(pod, pod.ask, choice)
-        scores[choice] += 1
-        return list(scores.items())
+            return Scored()
+        prices = self._offers.prices(pod.ask, self._until_deadline())
+        if prices is None:
+            return Scored()
+        ranked = list(self._ranked(pod, pod.ask, prices, set(args.names)))
+        if not ranked:
+            return Scored()
+        choice = min(ranked[0][1])
+        if not trial:
+            self._propose(pod, pod.ask, choice)
+        return Scored([(RANK_STEP * (len(ranked) - rank), lot) for rank, (_, lot) in enumerate(ranked)], choice)
 
     def _until_deadline(self) -> Callable[[], bool]:
         """Whether there is time left in this request: asked between two nodes."""
@@ -184,38 +242,53 @@ class Extender:
             if node not in refused and self._offers.without(demand, node, victims.uids)
         }
 
-    def _pod(self, json: Json) -> Pod | NotNow:
+    def _pod(self, json: Json, *, trial: bool = False) -> Pod | NotNow:
         """The pod of a request, with everything brought up to date for it."""
         waiting_for = self._waiting_for()
         if waiting_for:
             return NotNow(f"Tangram is not ready: waiting for {', '.join(waiting_for)}")
         try:
-            pod = pod_of(json)
+            pod = (None if self._standalone else self._truth.known(json)) or pod_of(json)
         except (ValueError, TypeError, AttributeError) as error:
             return NotNow(f"the pod cannot be read: {error}")
         now = self._clock()
         self._ledger.expire(before=now - self._settings.proposal_seconds)
         self._offers.refresh(now=now)
+        if trial:
+            return pod
         self._truth.asked_about(pod)
         if self._standalone:
             self._truth.remember(pod)
         return pod
 
 
-def head(reason: str) -> str:
-    """A reason without its details, which come after a colon or a semicolon."""
-    return re.split("[:;] ", reason, maxsplit=1)[0]
+def _by_price(prices: Mapping[str, int]) -> Iterator[tuple[int, Collection[str]]]:
+    """These nodes, the cheapest first and equal ones together."""
+    for price in sorted(set(prices.values())):
+        yield price, [name for name, each in prices.items() if each == price]
 
 
-def _scores(prices: Mapping[str, int], *, first_rank: int) -> dict[str, int]:
-    """1000 × the rank of each price, the highest price at `first_rank`; equal prices have one rank."""
-    dearest_first = sorted(set(prices.values()), reverse=True)
-    score = {price: RANK_STEP * rank for rank, price in enumerate(dearest_first, start=first_rank)}
-    return {name: score[price] for name, price in prices.items()}
+def _among(prices: Prices, asked: set[str] | None, but: Set[str]) -> Iterator[tuple[int, Collection[str]]]:
+    """The same of all prices, for the nodes that are asked about (None: all) but for some."""
+    for price, names in prices.cheapest_first():
+        lot: Collection[str] = names if asked is None else list(filter(asked.__contains__, names))
+        if but and not but.isdisjoint(lot):
+            lot = [name for name in lot if name not in but]
+        if lot:
+            yield price, lot
+
+
+def _merged(
+    one: Iterable[tuple[int, Collection[str]]], other: Iterable[tuple[int, Collection[str]]]
+) -> Iterator[tuple[int, Collection[str]]]:
+    """Both in the order of price; what costs the same stands together."""
+    for price, lots in groupby(merge(one, other, key=itemgetter(0)), key=itemgetter(0)):
+        together = [lot for _, lot in lots]
+        yield price, together[0] if len(together) == 1 else [*chain.from_iterable(together)]
 
 
 def _only(hold: Hold, names: Sequence[str]) -> Filtered:
     """The answer for a pod whose devices are already taken: that node, and no other."""
     where = f"{hold.pod} already has devices on {hold.node} ({hold.phase.value})"
-    others = {name: where for name in names if name != hold.node}
-    return Filtered([hold.node] if hold.node in names else [], {}, others)
+    others = [name for name in names if name != hold.node]
+    return Filtered([hold.node] if hold.node in names else [], {Refusal(where): others} if others else {})

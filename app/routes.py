@@ -66,10 +66,10 @@ def extender_routes(service: Service) -> APIRouter:
         with metrics.timed("prioritize"):
             try:
                 args = wire.parse_args(await body_of(request, limit))
-                scores = _guarded("prioritize", lambda: extender.prioritize(args), lambda _: [])
+                scores = _guarded("prioritize", lambda: extender.prioritize(args), lambda _: wire.Scored())
             except BadInput as error:
                 log.warning("prioritize: %s", error)
-                scores = []
+                scores = wire.Scored()
             metrics.answers.labels("prioritize", "scored" if scores else "empty").inc()
             return _json(wire.render_scores(scores))
 

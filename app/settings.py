@@ -86,6 +86,13 @@ class Settings(BaseSettings):
     cycle_deadline_seconds: float = Field(
         default=1.0, gt=0, description="filter and prioritize answer within this, or say that they could not"
     )
+    most_nodes: int = Field(
+        default=100,
+        ge=0,
+        description="filter answers with at most so many of the nodes that fit, the best first, and says why not only "
+        "where none does; 0: all, each other with its reason. kube-scheduler scores each node that it gets. Pods "
+        "with preferences (preferred affinity, soft spreading) get all; 100 is kube-scheduler's own least sample",
+    )
     bind_deadline_seconds: float = Field(
         default=12.0,
         gt=0,

@@ -171,6 +171,19 @@ def pod_of(pod: Json) -> Pod:
     )
 
 
+def has_preferences(pod: Json) -> bool:
+    """Whether the pod itself prefers some nodes to others, so that kube-scheduler should see all that fit."""
+    spec = pod.get("spec")
+    if not isinstance(spec, Mapping):
+        return False
+    affinity = spec.get("affinity")
+    for kind in affinity.values() if isinstance(affinity, Mapping) else ():
+        if isinstance(kind, Mapping) and kind.get("preferredDuringSchedulingIgnoredDuringExecution"):
+            return True
+    spread = spec.get("topologySpreadConstraints") or ()
+    return any(isinstance(each, Mapping) and each.get("whenUnsatisfiable") == "ScheduleAnyway" for each in spread)
+
+
 def _on(terms: Terms, need: Demand) -> Demand:
     return need if terms == NO_TERMS else replace(need, terms=terms)
 

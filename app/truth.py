@@ -6,7 +6,7 @@ Fed by `watch` (events and lists) and by `bind` (single reads). No I/O here; wha
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from app.hosts import NONE, Amount, Hosts
@@ -137,6 +137,16 @@ class Truth:
         self._told.add(uid)
         self.unexplained.pop(uid, None)
 
+    def known(self, item: Json) -> Pod | None:
+        """The pod as the watch has read it, where that was this very version of it."""
+        meta = item.get("metadata")
+        if not isinstance(meta, dict):
+            return None
+        pod = self.pods.get(str(meta.get("uid")))
+        if pod is None or not pod.resource_version or pod.resource_version != meta.get("resourceVersion"):
+            return None
+        return pod if (pod.ref.namespace, pod.ref.name) == (meta.get("namespace"), meta.get("name")) else None
+
     def asked_about(self, pod: Pod) -> None:
         """A kube-scheduler has asked us about this pod, so it asks us about all that chose it."""
         if pod.scheduler not in self.askers:
@@ -188,20 +198,33 @@ class Truth:
 
         Pods that came into the ledger after the list was asked for are left to the events that follow it.
         """
-        listed = set()
-        for item in items:
-            listed.add(str((item.get("metadata") or {}).get("uid")))
-            self.json_seen(item)
-        self._hosts.pods_are(listed)
-        for uid in [uid for uid in self.pods if uid not in listed]:
+        listed = {self.pod_listed(item) for item in items}
+        for _ in self.pods_are(listed, asked_at=asked_at):
+            pass
+
+    def pod_listed(self, item: Json) -> str:
+        """One pod of such a list; its UID."""
+        self.json_seen(item)
+        return str((item.get("metadata") or {}).get("uid"))
+
+    def pods_are(self, listed: Container[str], *, asked_at: float) -> Iterator[None]:
+        """The list is complete with these UIDs: step by step, so that it can be done in turns."""
+        yield from self._hosts.pods_are(listed)
+        for uid in list(self.pods):
             hold = self._ledger.get(uid)
-            if hold is None or hold.since < asked_at:
+            if uid not in listed and (hold is None or hold.since < asked_at):
                 self.pod_gone(uid, announced=False)
+            yield
         for hold in self._ledger:
-            if hold.pod.uid not in listed and hold.since < asked_at and hold.phase is not Phase.LEAVING:
+            now = self._ledger.get(hold.pod.uid)
+            missing = hold.pod.uid not in listed and now is not None and now.since < asked_at
+            if missing and hold.phase is not Phase.LEAVING:
                 self.pod_gone(hold.pod.uid, announced=False)
-        for uid in [uid for uid, each in self.waiting.items() if uid not in listed and each.refused < asked_at]:
-            del self.waiting[uid]
+            yield
+        for uid, waiting in list(self.waiting.items()):
+            if uid not in listed and waiting.refused < asked_at:
+                self.waiting.pop(uid, None)
+            yield
         self.rebuilt = True
 
     def _bound(self, pod: Pod) -> None:

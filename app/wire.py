@@ -5,7 +5,7 @@ without regard to case, as Go reads them. Sources: k8s.io/kube-scheduler/extende
 pkg/scheduler/extender.go of Kubernetes 1.34 to 1.37.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import orjson
 
 from app.errors import BadInput
 from app.translate import PodRef
+from solver import Refusal
 
 Json = dict[str, Any]
 
@@ -26,14 +27,42 @@ class Args:
     nodes: list[Json] | None = None
 
 
+Left = Mapping[Refusal, Sequence[str]]
+"""The nodes that are left out, by why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Filtered:
-    """ExtenderFilterResult. Maps are node → words; `error` fails the whole call and is retried."""
+    """ExtenderFilterResult; `error` fails the whole call and is retried."""
 
     fitting: Sequence[str] = ()
-    failed: Mapping[str, str] = field(default_factory=dict)
-    unresolvable: Mapping[str, str] = field(default_factory=dict)
+    left: Left = field(default_factory=dict)
     error: str = ""
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """The words by node, where evicting pods could help."""
+        return {name: why.reason for why, names in self.left.items() for name in names if why.resolvable}
+
+    @property
+    def unresolvable(self) -> dict[str, str]:
+        """The words by node, where it could not."""
+        return {name: why.reason for why, names in self.left.items() for name in names if not why.resolvable}
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """HostPriorityList: the nodes by their score, and the one that gets one more than its like."""
+
+    by_score: Sequence[tuple[int, Collection[str]]] = ()
+    choice: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.by_score)
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        for score, names in self.by_score:
+            yield from ((name, score + (name == self.choice)) for name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,25 +135,54 @@ def parse_preempt(body: bytes) -> PreemptArgs:
 
 def render_filter(result: Filtered, args: Args | None) -> bytes:
     """ExtenderFilterResult in the mode that was asked in. Lists are `[]`, never null."""
-    reply: Json = {
-        "Nodes": None,
-        "NodeNames": None,
-        "FailedNodes": dict(result.failed),
-        "FailedAndUnresolvableNodes": dict(result.unresolvable),
-        "Error": result.error,
-    }
+    nodes, names = b"null", b"null"
     if args is not None and args.nodes is not None:
         fitting = set(result.fitting)
         kept = [node for name, node in zip(args.names, args.nodes, strict=True) if name in fitting]
-        reply["Nodes"] = {"metadata": {}, "items": kept}
+        nodes = orjson.dumps({"metadata": {}, "items": kept})
     else:
-        reply["NodeNames"] = list(result.fitting)
-    return orjson.dumps(reply)
+        names = orjson.dumps(result.fitting if isinstance(result.fitting, list) else [*result.fitting])
+    return b'{"Nodes":%b,"NodeNames":%b,"FailedNodes":%b,"FailedAndUnresolvableNodes":%b,"Error":%b}' % (
+        nodes,
+        names,
+        _render_left([each for each in result.left.items() if each[0].resolvable]),
+        _render_left([each for each in result.left.items() if not each[0].resolvable]),
+        orjson.dumps(result.error),
+    )
 
 
-def render_scores(scores: Sequence[tuple[str, int]]) -> bytes:
+def _render_left(left: Sequence[tuple[Refusal, Sequence[str]]]) -> bytes:
+    """An object of node and words: thousands of nodes have few different reasons, so each is joined with its nodes."""
+    parts = []
+    for why, names in left:
+        words = orjson.dumps(why.reason).decode()
+        if _all_plain(names):
+            parts.append('"' + f'":{words},"'.join(names) + f'":{words}')
+        else:
+            parts.append(orjson.dumps(dict.fromkeys(names, why.reason)).decode()[1:-1])
+    return ("{" + ",".join(part for part in parts if part) + "}").encode()
+
+
+def render_scores(scored: Scored) -> bytes:
     """HostPriorityList: a bare array, whole numbers only (Go refuses 5.0)."""
-    return orjson.dumps([{"Host": host, "Score": score} for host, score in scores])
+    parts = []
+    for score, names in scored.by_score:
+        if scored.choice in names:
+            parts.append(orjson.dumps({"Host": scored.choice, "Score": score + 1}).decode())
+            names = [name for name in names if name != scored.choice]
+        if not names:
+            continue
+        if _all_plain(names):
+            parts.append('{"Host":"' + f'","Score":{score}}},{{"Host":"'.join(names) + f'","Score":{score}}}')
+        else:
+            parts.append(orjson.dumps([{"Host": name, "Score": score} for name in names]).decode()[1:-1])
+    return ("[" + ",".join(parts) + "]").encode()
+
+
+def _all_plain(names: Iterable[str]) -> bool:
+    """Whether no name needs an escape in JSON. Names of Kubernetes never do; those from the wire may be anything."""
+    together = "".join(names)
+    return together.isascii() and together.isprintable() and '"' not in together and "\\" not in together
 
 
 def render_error(error: str) -> bytes:

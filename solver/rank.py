@@ -26,6 +26,7 @@ from solver.fits import Refusal, refusal_in
 from solver.goals import DEFAULT_POLICY, WORST_MILLI, Policy, offers, prices_of
 from solver.pack import cheapest_on, is_one_slice, pack
 from solver.plan import Placement
+from solver.prices import Prices
 from solver.steps import Host, Room, RoomState, Step, host_steps, read
 
 KNOWN_DEMANDS = 1024
@@ -160,7 +161,7 @@ class _Row:
 
     number: int
     missing: set[int]
-    by_name: dict[str, int] = field(default_factory=dict)
+    named: Prices = field(default_factory=Prices)
     heard: int = -1
 
 
@@ -257,28 +258,31 @@ class Ranking:
 
     def prices_while(self, demand: Demand, go_on: Callable[[], bool]) -> Mapping[str, int] | None:
         """The same, given up (None) as soon as `go_on()` says no; what was worked out is kept for the next call."""
+        found = self.priced_while(demand, go_on)
+        return None if found is None else found.by_name
+
+    def priced_while(self, demand: Demand, go_on: Callable[[], bool]) -> Prices | None:
+        """The same, by name and by price. Good until the ranking is next changed or asked."""
         row = self._ready(demand, go_on)
         if row is None:
             return None
         prices = self._prices[row.number]
         if row.heard < 0:
-            fits = np.flatnonzero(prices[: len(self._names)] != self._none).tolist()
-            row.by_name = {self._names[column]: int(prices[column]) for column in fits}
-        else:
+            fits = np.flatnonzero(prices[: len(self._names)] != self._none)
+            row.named.fill(zip([self._names[column] for column in fits.tolist()], prices[fits].tolist(), strict=True))
+        elif row.heard < len(self._news):
             for name in dict.fromkeys(self._news[row.heard :]):
                 entry = self._nodes.get(name)
                 price = self._none if entry is None else int(prices[entry.column])
-                if price == self._none:
-                    row.by_name.pop(name, None)
-                else:
-                    row.by_name[name] = price
+                row.named.put(name, None if price == self._none else price)
         row.heard = len(self._news)
         self._named[demand] = row
         self._named.move_to_end(demand)
         if len(self._named) > NAMED_DEMANDS:
             _, oldest = self._named.popitem(last=False)
-            oldest.by_name, oldest.heard = {}, -1
-        return row.by_name
+            oldest.named.clear()
+            oldest.heard = -1
+        return row.named
 
     def cheapest(self, demand: Demand, chance: Random | None = None) -> str | None:
         """A node with the lowest price: any of them by chance, or the first; None where the demand fits nowhere."""

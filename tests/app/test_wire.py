@@ -70,11 +70,11 @@ def test_keys_are_read_as_go_reads_them():
 def test_an_empty_answer_is_a_list_never_null():
     """Both null would mean that no node fits; null NodeNames falls through to Nodes."""
     assert json.loads(wire.render_filter(wire.Filtered(), None))["NodeNames"] == []
-    assert wire.render_scores([]) == b"[]"
+    assert wire.render_scores(wire.Scored()) == b"[]"
 
 
 def test_scores_are_whole_numbers():
-    assert orjson.loads(wire.render_scores([("a", 2001), ("b", -3)])) == [
+    assert orjson.loads(wire.render_scores(wire.Scored([(2000, ["a"]), (-3, ["b"])], "a"))) == [
         {"Host": "a", "Score": 2001},
         {"Host": "b", "Score": -3},
     ]

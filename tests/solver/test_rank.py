@@ -198,7 +198,7 @@ def test_prices_by_name_are_kept_of_the_latest_demands_only(monkeypatch: pytest.
     demands = [Demand(share_mib=1000 + i) for i in range(9)]
     for demand in demands:
         assert len(ranking.prices(demand)) == 3
-    assert sum(len(row.by_name) for row in ranking._rows.values()) == 9
+    assert sum(len(row.named.by_name) for row in ranking._rows.values()) == 9
 
     ranking.put(node("b"), whole("b", *range(8)))
     for demand in demands:
