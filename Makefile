@@ -54,7 +54,7 @@ properties: $(STAMP) ## the property tests with ever new seeds (MINUTES=60)
 
 bench: $(STAMP) ## pods per second through the real kube-scheduler, with and without the extender (out/bench/)
 	@$(BIN)/python -m tests.e2e.toolchain
-	@$(BIN)/python -m tests.e2e.throughput
+	@$(BIN)/python -m tests.bench.throughput
 
 bench-quality: $(STAMP) ## quality of placement: all tables, JSON and plots (OPENB=folder of the openb trace; about an hour)
 	@$(BIN)/python -m app.replay.quality $(if $(OPENB),--openb $(OPENB),) $(BENCH_OPTIONS)
