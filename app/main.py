@@ -13,21 +13,21 @@ from pydantic import TypeAdapter, ValidationError
 from app.errors import BadInput
 from app.kube import Kube
 from app.report import NodeReport
-from app.routes import agent_routes, extender_routes, public_routes
+from app.routes import agent_routes, public_routes
 from app.service import Service
 from app.settings import Settings
 from app.trust import Trust
+from app.verbs import App, Verbs
 
 
-def create_app(settings: Settings, *, kube: Kube | None = None, clock: Callable[[], float] = time.monotonic) -> FastAPI:
+def create_app(settings: Settings, *, kube: Kube | None = None, clock: Callable[[], float] = time.monotonic) -> App:
     """The service as one app with every route: for tests and for standalone use."""
     service = build(settings, kube=kube, clock=clock)
     trust, closing = trust_of(service), asyncio.Event()
     app = public_app(service, trust, closing=closing)
-    app.include_router(extender_routes(service))
     if not settings.agents_are_public:
         app.include_router(agent_routes(service, trust, closing=closing))
-    return app
+    return Verbs(service).beside(app)
 
 
 def build(settings: Settings, *, kube: Kube | None, clock: Callable[[], float] = time.monotonic) -> Service:
@@ -65,13 +65,6 @@ def public_app(service: Service, trust: Trust, *, closing: asyncio.Event) -> Fas
     app.include_router(public_routes(service, trust))
     if service.settings.agents_are_public:
         app.include_router(agent_routes(service, trust, closing=closing))
-    return app
-
-
-def extender_app(service: Service) -> FastAPI:
-    """The four verbs alone, for the listener that demands a client certificate."""
-    app = FastAPI(title="Tangram extender", openapi_url=None, docs_url=None, redoc_url=None)
-    app.include_router(extender_routes(service))
     return app
 
 

@@ -1,7 +1,6 @@
-"""Paths: parse, one call, render. No decisions.
+"""Paths of agents, people and probes: parse, one call, render. No decisions. kube-scheduler's are in `verbs`.
 
-A request that we cannot read gets words: kube-scheduler gets them in a 200, because it reads no other body;
-everybody else gets a 4xx.
+A request that we cannot read gets words and a 4xx.
 """
 
 import asyncio
@@ -16,7 +15,6 @@ from prometheus_client import Counter
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
-from app import wire
 from app.errors import BadInput, KubeError
 from app.handing import Unanswered
 from app.report import Exchange, ExchangeReply, Listening, NodeReport, OrdersReply, ReportReply, Unchanged
@@ -41,64 +39,6 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
 }
-
-
-def extender_routes(service: Service) -> APIRouter:
-    """The four verbs that kube-scheduler calls."""
-    router = APIRouter()
-    extender, binder, metrics = service.extender, service.binder, service.metrics
-    limit = service.settings.request_limit_bytes
-
-    @router.post("/filter")
-    async def filter_nodes(request: Request) -> Response:
-        args: wire.Args | None = None
-        with metrics.timed("filter"):
-            try:
-                args = wire.parse_args(await body_of(request, limit))
-                result = _guarded("filter", lambda: extender.filter(args), lambda error: wire.Filtered(error=error))
-            except BadInput as error:
-                result = wire.Filtered(error=str(error))
-            metrics.answers.labels("filter", _kind(result)).inc()
-            return _json(wire.render_filter(result, args))
-
-    @router.post("/prioritize")
-    async def prioritize_nodes(request: Request) -> Response:
-        with metrics.timed("prioritize"):
-            try:
-                args = wire.parse_args(await body_of(request, limit))
-                scores = _guarded("prioritize", lambda: extender.prioritize(args), lambda _: wire.Scored())
-            except BadInput as error:
-                log.warning("prioritize: %s", error)
-                scores = wire.Scored()
-            metrics.answers.labels("prioritize", "scored" if scores else "empty").inc()
-            return _json(wire.render_scores(scores))
-
-    @router.post("/bind")
-    async def bind_pod(request: Request) -> Response:
-        with metrics.timed("bind"):
-            try:
-                error = await binder.bind(wire.parse_bind(await body_of(request, limit)))
-            except BadInput as bad:
-                error = str(bad)
-            except Exception as crash:
-                log.exception("bind")
-                error = f"a fault inside Tangram: {type(crash).__name__}"
-            metrics.answers.labels("bind", "refused" if error else "bound").inc()
-            return _json(wire.render_error(error))
-
-    @router.post("/preempt")
-    async def preempt_pods(request: Request) -> Response:
-        with metrics.timed("preempt"):
-            try:
-                args = wire.parse_preempt(await body_of(request, limit))
-                victims = _guarded("preempt", lambda: extender.preempt(args), lambda _: {})
-            except BadInput as error:
-                log.warning("preempt: %s", error)
-                victims = {}
-            metrics.answers.labels("preempt", "kept" if victims else "none").inc()
-            return _json(wire.render_preempt(victims))
-
-    return router
 
 
 def agent_routes(service: Service, trust: Trust, *, closing: asyncio.Event) -> APIRouter:
@@ -307,29 +247,12 @@ async def _left(request: Request) -> None:
         pass
 
 
-def _guarded(verb: str, call: Callable[[], T], failed: Callable[[str], T]) -> T:
-    """Our own bugs become words for the caller and a traceback in our log; the ledger is never half changed."""
-    try:
-        return call()
-    except BadInput:
-        raise
-    except Exception as crash:
-        log.exception("%s", verb)
-        return failed(f"a fault inside Tangram: {type(crash).__name__}")
-
-
 def _brought(reply: OrdersReply) -> str:
     if reply.orders is not None:
         return "orders"
     if reply.placements is not None:
         return "placements"
     return "resend" if reply.resend else "nothing"
-
-
-def _kind(result: wire.Filtered) -> str:
-    if result.error:
-        return "error"
-    return "fits" if result.fitting else "refused"
 
 
 def _page(name: str, kind: str) -> Callable[[], Any]:

@@ -18,14 +18,13 @@ from pathlib import Path
 
 import uvicorn
 import uvloop
-from fastapi import FastAPI
 
 from app.errors import BadInput
 from app.kube import connect
-from app.main import agent_app, build, extender_app, public_app, trust_of
-from app.routes import extender_routes
+from app.main import agent_app, build, public_app, trust_of
 from app.service import Service
 from app.settings import Settings
+from app.verbs import App, Verbs
 
 log = logging.getLogger(__name__)
 
@@ -86,9 +85,9 @@ def _listeners(service: Service, closing: asyncio.Event) -> list[_Listener]:
         log.warning("%s", warning)
     public = public_app(service, trust, closing=closing)
     if settings.one_listener:
-        public.include_router(extender_routes(service))
-        return [_Listener(_config(public, settings.host, settings.port))]
-    extender = _config(extender_app(service), settings.extender_host, settings.extender_port)
+        return [_Listener(_config(Verbs(service).beside(public), settings.host, settings.port))]
+    extender = _config(Verbs(service), settings.extender_host, settings.extender_port)
+    extender.lifespan = "off"
     _secure(extender, settings, client_ca=settings.client_ca)
     configs = [_config(public, settings.host, settings.port), extender]
     if not settings.without_kubernetes:
@@ -112,7 +111,7 @@ def _secure(config: uvicorn.Config, settings: Settings, *, client_ca: Path | Non
         raise BadInput(f"cannot use {settings.cert}, {settings.key} and {settings.client_ca}: {error}") from error
 
 
-def _config(app: FastAPI, host: str, port: int) -> uvicorn.Config:
+def _config(app: App, host: str, port: int) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         host=host,
