@@ -5,7 +5,7 @@ kube-scheduler decides about CPU and memory; that they are known here makes pric
 dictionary operations for each event. `drain_changes` names the nodes where something changed.
 """
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from typing import NamedTuple
 
 
@@ -61,10 +61,12 @@ class Hosts:
             self._changed.add(node)
             self._pods[uid] = now
 
-    def pods_are(self, uids: Container[str]) -> None:
-        """A list of all pods has come: no other pod requests anything."""
-        for uid in [uid for uid in self._pods if uid not in uids]:
-            self.pod_requests(uid, "", NONE)
+    def pods_are(self, uids: Container[str]) -> Iterator[None]:
+        """A list of all pods has come: no other pod requests anything. Step by step, to be done in turns."""
+        for uid in list(self._pods):
+            if uid not in uids:
+                self.pod_requests(uid, "", NONE)
+            yield
 
     def given_but_for(self, node: str, uids: Iterable[str]) -> Amount | None:
         """What the node gives, less what all pods but these request there; None where that is not known.

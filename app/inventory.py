@@ -50,6 +50,8 @@ class Inventory:
     def __init__(self, *, stale_seconds: float) -> None:
         self._stale_seconds = stale_seconds
         self._entries: dict[str, Entry] = {}
+        self._names: tuple[str, ...] | None = ()
+        """Their names, sorted; None where they must be sorted anew."""
         self._homes: dict[str, set[str]] = {}
         self._ownership: dict[str, Ownership] = {}
         self._versions: dict[str, dict[str, str]] = {}
@@ -57,7 +59,9 @@ class Inventory:
         """How boards in MIG mode can be cut, where somebody does: of every report so far, MOST_GEOMETRIES about."""
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._entries))
+        if self._names is None:
+            self._names = tuple(sorted(self._entries))
+        return iter(self._names)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -72,9 +76,13 @@ class Inventory:
         same_agent = before is not None and report.boot and before.report.boot == report.boot
         if before is not None and same_agent and report.version < before.report.version:
             return False
-        self.drop(report.node)
         node = self._node_of(report)
-        self._entries[report.node] = Entry(report, node, users_of(report), now, lasting, uuids_of(report))
+        if before is None:
+            self._names = None
+        else:
+            self._not_at_home(before)
+        kept = report.model_copy(update={"links": ()})  # the node has them, and they are half of a report
+        self._entries[report.node] = Entry(kept, node, users_of(report), now, lasting, uuids_of(report))
         if len(self.geometries) < MOST_GEOMETRIES and not self.why_no_slices(report.node):
             self.geometries.update([gpu.geometry for gpu in node.gpus if gpu.geometry is not None])
         for gpu in report.gpus:
@@ -98,7 +106,7 @@ class Inventory:
             del self._ownership[name]
         entry = self._entries.get(name)
         if entry is not None:
-            entry.node = self._node_of(entry.report)
+            entry.node = replace(self._node_of(entry.report), links=entry.node.links)
         return True
 
     def runs(self, name: str, versions: dict[str, str]) -> None:
@@ -139,9 +147,14 @@ class Inventory:
     def drop(self, name: str) -> None:
         """Forget a node that is gone."""
         entry = self._entries.pop(name, None)
-        for gpu in entry.report.gpus if entry else ():
+        if entry is not None:
+            self._names = None
+            self._not_at_home(entry)
+
+    def _not_at_home(self, entry: Entry) -> None:
+        for gpu in entry.report.gpus:
             homes = self._homes[gpu.uuid]
-            homes.discard(name)
+            homes.discard(entry.report.node)
             if not homes:
                 del self._homes[gpu.uuid]
 

@@ -20,7 +20,9 @@ from kubernetes.aio.config import ConfigException, load_incluster_config, load_k
 from app.errors import BadInput, Conflict, Gone, KubeError, NotFound, Refused, Unknown
 
 Json = dict[str, Any]
-PAGE = 1000  # objects per list call: a page of full pods stays within some ten megabytes
+FIRST_PAGE = 100  # objects; how many come next follows from how large these were
+MOST_ON_A_PAGE = 500
+PAGE_BYTES = 1 << 20  # reading it as JSON holds up everybody for some 7 ms
 TOKEN_NODE = "authentication.kubernetes.io/node-name"  # noqa: S105  (the name of a fact in a TokenReview)
 QUIET_SECONDS = 90.0  # API servers send bookmarks each minute; longer silence means a dead connection
 
@@ -61,6 +63,10 @@ class Kube(Protocol):
 
     async def list(self, resource: str, *, fields: str = "") -> Listed:
         """Every object of the resource, as of now."""
+        ...
+
+    def pages(self, resource: str, *, fields: str = "") -> AsyncIterator[Listed]:
+        """The same piece by piece: all of one moment, whose resourceVersion each has."""
         ...
 
     def watch(self, resource: str, *, resource_version: str, seconds: float) -> AsyncIterator[Event]:
@@ -150,17 +156,23 @@ class ApiServer:
 
     async def list(self, resource: str, *, fields: str = "") -> Listed:
         """Every object, page by page, as of one moment (the most recent)."""
-        items: list[Json] = []
-        query = {"limit": str(PAGE)}
-        if fields:
-            query["fieldSelector"] = fields
+        pages = [page async for page in self.pages(resource, fields=fields)]
+        return Listed([item for page in pages for item in page.items], pages[-1].resource_version)
+
+    async def pages(self, resource: str, *, fields: str = "") -> AsyncIterator[Listed]:
+        """Every object, page by page, as of one moment (the most recent); pages are about PAGE_BYTES large."""
+        query = {"fieldSelector": fields} if fields else {}
+        limit = FIRST_PAGE
         while True:
-            page = await self._json("GET", f"/api/v1/{resource}", query=query, timeout=60)
-            items += page.get("items") or []
+            query["limit"] = str(limit)
+            text = await self._text("GET", f"/api/v1/{resource}", query=query, timeout=60)
+            page = _parse(text, f"a page of {resource}")
             meta = page.get("metadata") or {}
+            yield Listed(page.get("items") or [], meta.get("resourceVersion") or "")
             if not meta.get("continue"):
-                return Listed(items, meta.get("resourceVersion") or "")
+                return
             query["continue"] = meta["continue"]
+            limit = max(1, min(MOST_ON_A_PAGE, limit * PAGE_BYTES // len(text)))
 
     async def watch(self, resource: str, *, resource_version: str, seconds: float) -> AsyncIterator[Event]:
         """Events after that version, until the server or the time ends them. Raises Gone where it is too old."""
@@ -267,9 +279,21 @@ class ApiServer:
         body: Json | None = None,
         timeout: float,
     ) -> Json:
+        text = await self._text(method, path, query=query, body=body, timeout=timeout)
+        return _parse(text, f"the answer to {method} {path}")
+
+    async def _text(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: Json | None = None,
+        timeout: float,
+    ) -> bytes:
         limit = aiohttp.ClientTimeout(total=timeout)
         async with self._response(method, path, query=query, body=body, timeout=limit) as response:
-            return _parse(await response.read(), f"the answer to {method} {path}")
+            return await response.read()
 
     @asynccontextmanager
     async def _response(

@@ -125,9 +125,21 @@ class Ledger:
                 return self._holds[uid]
         return None
 
+    def counts(self) -> dict[Phase, int]:
+        """How many pods stand in which phase."""
+        proposed = sum(map(len, self._soft.values()))
+        assumed, leaving = len(self._assumed), len(self._leaving)
+        held = len(self._holds) - proposed - assumed - leaving
+        return {Phase.PROPOSED: proposed, Phase.ASSUMED: assumed, Phase.HELD: held, Phase.LEAVING: leaving}
+
     def leaving(self) -> tuple[Hold, ...]:
         """Pods that are gone, with devices that have not been seen idle."""
         return tuple(self._holds[uid] for uid in self._leaving)
+
+    @property
+    def has_leaving(self) -> bool:
+        """Whether there are any."""
+        return bool(self._leaving)
 
     def assumed(self) -> tuple[Hold, ...]:
         """Pods with a bind under way or of unknown outcome."""

@@ -29,14 +29,25 @@ PROMOTED_BEFORE_TIDYING = 5  # middle collections; each has left some 7,000 obje
 T = TypeVar("T")
 
 
-async def in_turns(items: Iterable[T], *, seconds: float = TURN_SECONDS) -> AsyncIterator[T]:
-    """The items, one after the other; others have the loop whenever so much time was used for them."""
-    until = time.perf_counter() + seconds
+class Turns:
+    """Long work that lets others have the loop between its pieces, as soon as a turn has taken its time."""
+
+    def __init__(self) -> None:
+        self._until = time.perf_counter() + TURN_SECONDS
+
+    async def over(self) -> None:
+        """A piece is done: if the turn has lasted long enough, it is over."""
+        if time.perf_counter() >= self._until:
+            await asyncio.sleep(0)
+            self._until = time.perf_counter() + TURN_SECONDS
+
+
+async def in_turns(items: Iterable[T]) -> AsyncIterator[T]:
+    """The items one after the other, with turns for others between them."""
+    turns = Turns()
     for item in items:
         yield item
-        if time.perf_counter() >= until:
-            await asyncio.sleep(0)
-            until = time.perf_counter() + seconds
+        await turns.over()
 
 
 # -- how long it is blocked -----------------------------------------------------------------------------------

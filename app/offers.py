@@ -110,10 +110,10 @@ class Offers:
             most = None if most is None else most - 1
         return bool(self._dirty)
 
-    def sweep(self, *, now: float) -> list[str]:
-        """Look at every node's age; returns the nodes that are offered again after a fault."""
+    def sweep(self, names: Iterable[str], *, now: float) -> list[str]:
+        """Look at these nodes' age; returns those that are offered again after a fault."""
         back = []
-        for name in self._inventory:
+        for name in names:
             fault = self._fault(name, now=now)
             if bool(fault) != bool(self._faults.get(name)):
                 self._dirty.add(name)

@@ -265,9 +265,13 @@ class Orders:
                 self._refresh(name, entry, desk)
 
     def sweep(self) -> None:
-        """Look again where time has brought something: idle slices, failures to be tried again."""
+        """Look again where time has brought something."""
+        self.refresh(self.due())
+
+    def due(self) -> list[str]:
+        """The nodes where it has: slices have been idle for too long, what has failed is to be tried again."""
         now = self._clock()
-        self.refresh([name for name, desk in self._desks.items() if desk.due <= now])
+        return [name for name, desk in self._desks.items() if desk.due <= now]
 
     def switch(self, name: str, gpu: str, *, enabled: bool) -> None:
         """Have the MIG mode of this GPU switched; it is kept back until its report shows it."""

@@ -10,7 +10,7 @@ planner: what is pending ─▶ a process of its own ─▶ schedule ─▶ prio
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import UTC, datetime
 
 from app.binder import Binder
@@ -20,10 +20,10 @@ from app.extender import Extender
 from app.handing import Handing
 from app.hosts import Amount, Hosts
 from app.inventory import Inventory, Ownership, profiles_in
-from app.kube import Event, Kube, Listed
+from app.kube import Event, Kube
 from app.lease import Lease
 from app.ledger import Ledger
-from app.loop import LoopWatch, Tidying
+from app.loop import LoopWatch, Tidying, Turns, in_turns
 from app.manifests import managed_resource_names
 from app.metrics import Metrics
 from app.modes import Modes
@@ -38,6 +38,8 @@ from app.translate import (
     PLACEMENT_ANNOTATION,
     WAKE_ANNOTATION,
     Json,
+    PodRef,
+    Written,
     allocatable_of,
     mig_owner_of,
     resource_of_profile,
@@ -46,13 +48,14 @@ from app.translate import (
 )
 from app.truth import Truth, readable
 from app.views import Views
-from app.watch import Watch
+from app.watch import Items, Watch
 from solver import DEFAULT_POLICY, Device
 
 log = logging.getLogger(__name__)
 
 CHORES_SECONDS = 0.5
 TIDY_SECONDS = 0.1
+AT_ONCE = 4  # nodes whose lists are made anew when an agent reports: its own and few others; the rest is a chore
 GONE_AFTER_STALE = 4.0  # times `stale_seconds`: then a node that the API server does not have is forgotten
 UNKNOWN_WAITERS_SECONDS = 60.0  # after a rebuild: by then the agents have reported and the pods were looked at anew
 LOOK_SECONDS = 0.05
@@ -157,6 +160,8 @@ class Service:
         """What ended that must never end; liveness fails then, and a restart rebuilds everything."""
         self._rebuilt_in_term = 0
         self._rebuilt_at = clock()
+        self._changed: dict[str, None] = {}
+        """Nodes whose lists are to be made anew, the latest last."""
         self._managed = frozenset(managed_resource_names())
         self._unmanaged: tuple[str, ...] = ()
 
@@ -242,7 +247,7 @@ class Service:
         self,
         kube: Kube,
         resource: str,
-        listed: Callable[[Listed, float], None],
+        listed: Callable[[Items, float], Awaitable[None]],
         event: Callable[[Event], None],
     ) -> Watch:
         resync = self.settings.resync_seconds
@@ -298,21 +303,25 @@ class Service:
         self._unmanaged = tuple(sorted({*self._unmanaged, *(reported - self._managed)}))
         self.offers.touch(report.node)
         self.truth.learn(report.node)
-        self.truth.settle()
+        self.truth.settle_on(report.node)
         self.truth.made_room(report.node)
         self.orders.reported(report)
-        self._order()
+        self._order(most=AT_ONCE)
         return True
 
-    def _order(self) -> None:
+    def _order(self, *, most: int | None = None) -> bool:
         """Follow what was handed on changed nodes, and make their lists anew; what changed before we were ready is
-        kept until then."""
-        if not self.waiting_for():
-            self.offers.refresh(now=self.clock())
-            changed = self.offers.drain_looked_at()
-            self.handing.refresh(changed)
-            self.offers.refresh(now=self.clock())
-            self.orders.refresh(changed | self.offers.drain_looked_at())
+        kept until then. Of so many nodes at most, the latest first; whether there are more."""
+        if self.waiting_for():
+            return False
+        self.offers.refresh(now=self.clock())
+        self._changed |= dict.fromkeys(self.offers.drain_looked_at())
+        count = len(self._changed) if most is None else min(most, len(self._changed))
+        changed = {self._changed.popitem()[0] for _ in range(count)}
+        self.handing.refresh(changed)
+        self.offers.refresh(now=self.clock())
+        self.orders.refresh(changed | self.offers.drain_looked_at())
+        return bool(self._changed)
 
     def _sharing(self, name: str) -> set[str]:
         """The nodes that report some GPU of this node as theirs (after a renaming, say)."""
@@ -323,7 +332,7 @@ class Service:
         """An agent has nothing new; False asks for the full report."""
         known = self.inventory.beat(unchanged, now=self.clock())
         if known:
-            self.truth.settle()
+            self.truth.settle_on(unchanged.node)
         return known
 
     def release(self, uid: str) -> bool:
@@ -337,8 +346,21 @@ class Service:
 
     # -- the API server's word ------------------------------------------------------------------------
 
-    def _pods_listed(self, result: Listed, asked_at: float) -> None:
-        self.truth.pods_listed(result.items, asked_at=asked_at)
+    async def _pods_listed(self, items: Items, asked_at: float) -> None:
+        listed = set()
+        async for item in items:
+            listed.add(self.truth.pod_listed(item))
+            if self.truth.rebuilt:
+                self.offers.refresh(now=self.clock(), most=1)
+        async for _ in in_turns(self.truth.pods_are(listed, asked_at=asked_at)):
+            pass
+        await self._refresh()
+
+    async def _refresh(self) -> None:
+        """Bring the rows of many changed nodes up to date."""
+        turns = Turns()
+        while self.offers.refresh(now=self.clock(), most=1):
+            await turns.over()
 
     def _pod_event(self, event: Event) -> None:
         if event.type == "DELETED":
@@ -346,14 +368,16 @@ class Service:
         else:
             self.truth.json_seen(event.object)
 
-    def _nodes_listed(self, result: Listed, asked_at: float) -> None:
-        names = {item["metadata"]["name"] for item in result.items}
-        for item in result.items:
+    async def _nodes_listed(self, items: Items, asked_at: float) -> None:
+        names = set()
+        async for item in items:
+            names.add(item["metadata"]["name"])
             self._node_gives(item)
         for name in names - self.truth.nodes:
             self.offers.unbar(name)
-        for name in self.truth.nodes_listed(names):
+        async for name in in_turns(self.truth.nodes_listed(names)):
             self._node_left(name)
+        await self._refresh()
 
     def _node_event(self, event: Event) -> None:
         name = event.object["metadata"]["name"]
@@ -389,18 +413,32 @@ class Service:
         while True:
             now = self.clock()
             self.ledger.expire(before=now - self.settings.proposal_seconds)
-            self.truth.settle()
-            for name in (*self.offers.sweep(now=now), *self.refusals.sweep()):
+            async for _ in in_turns(self.truth.settle()):
+                pass
+            async for name in in_turns(list(self.inventory)):
+                for back in self.offers.sweep([name], now=now):
+                    self.truth.made_room(back)
+                self.offers.refresh(now=now, most=1)  # else whoever asks next does all of it
+            for name in self.refusals.sweep():
                 self.truth.made_room(name)
-            self.offers.refresh(now=now)
+            await self._refresh()
             if not self.waiting_for():
-                self._order()
-                self.orders.sweep()
+                await self._order_all()
+                async for name in in_turns(self.orders.due()):
+                    self.orders.refresh([name])
                 if self.settings.mig_modes:
                     self.modes.sweep()
                 self.binder.settle_orphans()
                 self._forget_gone_nodes(now)
             await asyncio.sleep(CHORES_SECONDS)
+
+    async def _order_all(self) -> None:
+        """All that have changed until now."""
+        turns = Turns()
+        for _ in range(len(self.inventory)):
+            if not self._order(most=1):
+                return
+            await turns.over()
 
     async def _tidy(self) -> None:
         tidying = Tidying()
@@ -455,15 +493,19 @@ class Service:
             await asyncio.sleep(self.settings.wake_seconds)
             if self.waiting_for():
                 continue
-            for ref, placement in self.truth.misnamed():
-                text = write_placement(ref.uid, placement.node, placement.devices, self._uuids_on(placement.node))
-                try:
-                    await kube.annotate_pod(
-                        ref.namespace, ref.name, {PLACEMENT_ANNOTATION: text}, uid=ref.uid, timeout=RENAME_SECONDS
-                    )
-                    log.info("%s has new MIG devices: %s", ref, text)
-                except KubeError as error:
-                    log.warning("cannot write the new MIG devices of %s: %s", ref, error)
+            async for of_node in in_turns(self.truth.misnamed()):
+                for ref, placement in of_node:
+                    await self._name_slices_of(kube, ref, placement)
+
+    async def _name_slices_of(self, kube: Kube, ref: PodRef, placement: Written) -> None:
+        text = write_placement(ref.uid, placement.node, placement.devices, self._uuids_on(placement.node))
+        try:
+            await kube.annotate_pod(
+                ref.namespace, ref.name, {PLACEMENT_ANNOTATION: text}, uid=ref.uid, timeout=RENAME_SECONDS
+            )
+            log.info("%s has new MIG devices: %s", ref, text)
+        except KubeError as error:
+            log.warning("cannot write the new MIG devices of %s: %s", ref, error)
 
     async def _write_placements(self) -> None:
         """Write the placements of pods that were given other devices, until their annotations say so."""

@@ -354,24 +354,34 @@ class Truth:
         grace = DEFAULT_GRACE_SECONDS if last is None else last.grace_seconds
         self._ledger.leave(hold.pod.uid, now=now, not_before=(now if ending is None else ending) + grace)
 
-    def settle(self) -> None:
-        """Release what has left and been seen idle since: called when agents report and now and then.
-
-        A node that neither the API server nor an agent knows any more has nothing left to wait for.
-        """
-        now = self._clock()
+    def settle(self) -> Iterator[None]:
+        """Release what has left and been seen idle since: now and then, step by step, to be done in turns."""
         for hold in self._ledger.leaving():
-            if now < hold.not_before:
-                continue
-            entry = self._inventory.get(hold.node)
-            if entry is None:
-                gone = hold.node not in self.nodes
-            else:
-                heard_since = entry.lasting or entry.heard > max(hold.since, hold.not_before)
-                gone = heard_since and _seen_idle(entry, hold)
-            if gone:
-                self._ledger.release(hold.pod.uid)
-                self.made_room(hold.node)
+            if self._ledger.get(hold.pod.uid) is hold:
+                self._settle(hold)
+            yield
+
+    def settle_on(self, node: str) -> None:
+        """The same for one node, whose agent has just been heard."""
+        if self._ledger.has_leaving:
+            for hold in self._ledger.on(node):
+                if hold.phase is Phase.LEAVING:
+                    self._settle(hold)
+
+    def _settle(self, hold: Hold) -> None:
+        """A node that neither the API server nor an agent knows any more has nothing left to wait for."""
+        now = self._clock()
+        if now < hold.not_before:
+            return
+        entry = self._inventory.get(hold.node)
+        if entry is None:
+            gone = hold.node not in self.nodes
+        else:
+            heard_since = entry.lasting or entry.heard > max(hold.since, hold.not_before)
+            gone = heard_since and _seen_idle(entry, hold)
+        if gone:
+            self._ledger.release(hold.pod.uid)
+            self.made_room(hold.node)
 
     def learn(self, name: str) -> None:
         """Look in the node's report for the devices of pods that we did not place."""
@@ -388,29 +398,33 @@ class Truth:
                 self._ledger.explain(hold.pod.uid, devices)
                 self.made_room(name)
 
-    def misnamed(self) -> list[tuple[PodRef, Written]]:
-        """Held pods whose annotation has other UUIDs for their slices than the node's report now shows.
+    def misnamed(self) -> Iterator[list[tuple[PodRef, Written]]]:
+        """Held pods whose annotation has other UUIDs for their slices than the node's report now shows, node by node.
 
         Their nodes are looked at again until they have the right ones; so are those on which a bind is under way.
         """
-        found = []
-        again = {hold.node for hold in self._ledger.assumed()}
-        for name in sorted(self._reported):
+        nodes, self._reported = self._reported, {hold.node for hold in self._ledger.assumed()} & self._reported
+        for name in nodes:
             entry = self._inventory.get(name)
-            for hold in self._ledger.on(name) if entry is not None else ():
-                pod = self.pods.get(hold.pod.uid)
-                if entry is None or pod is None or hold.phase is not Phase.HELD:
-                    continue
-                now = {str(device): entry.uuids[device] for device in hold.devices if device in entry.uuids}
-                told = hold.pod.uid in self._told
-                if now and (told if pod.written is not None else not told):
-                    again.add(name)  # bound or exchanged just now: its placement is still to be seen
-                if not isinstance(pod.written, Written) or not now or now == dict(pod.written.uuids):
-                    continue
-                if set(pod.written.devices) == set(hold.devices):
-                    found.append((hold.pod, pod.written))
-                    again.add(name)
-        self._reported &= again
+            yield self._misnamed_on(name, entry) if entry is not None else []
+
+    def _misnamed_on(self, name: str, entry: Entry) -> list[tuple[PodRef, Written]]:
+        if not entry.uuids:
+            return []
+        found = []
+        for hold in self._ledger.on(name):
+            pod = self.pods.get(hold.pod.uid)
+            if pod is None or hold.phase is not Phase.HELD:
+                continue
+            now = {str(device): entry.uuids[device] for device in hold.devices if device in entry.uuids}
+            told = hold.pod.uid in self._told
+            if now and (told if pod.written is not None else not told):
+                self._reported.add(name)  # bound or exchanged just now: its placement is still to be seen
+            if not isinstance(pod.written, Written) or not now or now == dict(pod.written.uuids):
+                continue
+            if set(pod.written.devices) == set(hold.devices):
+                found.append((hold.pod, pod.written))
+                self._reported.add(name)
         return found
 
     def made_room(self, node: str) -> None:

@@ -2,32 +2,40 @@
 
 The API server drops watchers that are too slow, and connections die; each time the answer is the same. A list
 is consistent and says who is missing, so nothing that happened in a gap is lost.
+
+All of it is done in turns, with time for others between them: a list of 40,000 pods is seconds of work, and so are the
+events that a busy cluster has ready at once. Events wait until the list has been applied.
 """
 
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from app.errors import Gone, KubeError
-from app.kube import Event, Kube, Listed
+from app.kube import Event, Json, Kube
+from app.loop import Turns, in_turns
 
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 10.0
-YIELD_EVERY = 200  # objects applied before other tasks get a turn
+
+Items = AsyncIterator[Json]
 
 
 class Watch:
-    """One resource, kept in step. `listed(list, asked_at)` and `event(event)` are called in order."""
+    """One resource, kept in step. `listed(items, asked_at)` and `event(event)` are called in order.
+
+    `listed` takes the items as they come, and raises what goes wrong with them.
+    """
 
     def __init__(
         self,
         kube: Kube,
         resource: str,
         *,
-        listed: Callable[[Listed, float], None],
+        listed: Callable[[Items, float], Awaitable[None]],
         event: Callable[[Event], None],
         clock: Callable[[], float],
         resync_seconds: float,
@@ -59,25 +67,33 @@ class Watch:
 
     async def _list(self) -> str:
         asked_at = self._clock()
-        result = await self._kube.list(self.resource)
-        self._listed(result, asked_at)
+        version = ""
+
+        async def items() -> Items:
+            nonlocal version
+            async for page in self._kube.pages(self.resource):
+                version = page.resource_version
+                async for item in in_turns(page.items):
+                    yield item
+
+        await self._listed(items(), asked_at)
         self.lists += 1
         self.interrupted = False
-        return result.resource_version
+        return version
 
     async def _follow(self, version: str) -> None:
         """Watch until the resync time is over; a watch that ends early goes on from the last version."""
         until = self._clock() + self._resync_seconds
         while (left := until - self._clock()) > 0:
             applied = 0
+            turns = Turns()
             try:
                 async for event in self._kube.watch(self.resource, resource_version=version, seconds=left):
                     version = event.object["metadata"]["resourceVersion"]
                     if event.type != "BOOKMARK":
                         self._event(event)
                     applied += 1
-                    if applied % YIELD_EVERY == 0:
-                        await asyncio.sleep(0)
+                    await turns.over()
             except Gone:
                 log.info("watching %s: a gap, listing again", self.resource)
                 return

@@ -95,6 +95,13 @@ class FakeKube:
                 items = [item for item in items if item["spec"].get("nodeName") == value]
             return Listed(copy.deepcopy(items), str(self.version))
 
+    async def pages(self, resource: str, *, fields: str = "") -> AsyncIterator[Listed]:
+        """Two objects on each."""
+        listed = await self.list(resource, fields=fields)
+        for first in range(0, len(listed.items) or 1, 2):
+            await asyncio.sleep(0)
+            yield Listed(listed.items[first : first + 2], listed.resource_version)
+
     async def watch(self, resource: str, *, resource_version: str, seconds: float) -> AsyncIterator[Event]:
         self.calls.append("watch")
         position = int(resource_version)

@@ -48,7 +48,7 @@ def test_a_list_ends_the_requests_of_pods_that_are_missing_from_it():
     hosts.node_gives("a", GIVEN)
     hosts.pod_requests("p", "a", Amount(1, 1))
     hosts.pod_requests("q", "a", Amount(2, 2))
-    hosts.pods_are({"q"})
+    list(hosts.pods_are({"q"}))
     assert hosts.given_but_for("a", ()) == GIVEN.minus(Amount(2, 2))
 
 

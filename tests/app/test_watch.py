@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from app.errors import Unknown
-from app.kube import Event, Listed
-from app.watch import Watch
+from app.kube import Event
+from app.watch import Items, Watch
 from tests.fakes import FakeKube, pod_json
 
 
@@ -26,8 +26,8 @@ class Seen:
             self.kube, "pods", listed=self.listed, event=self.event, clock=clock, resync_seconds=resync_seconds
         )
 
-    def listed(self, result: Listed, asked_at: float) -> None:
-        self.names = {item["metadata"]["name"] for item in result.items}
+    async def listed(self, items: Items, asked_at: float) -> None:
+        self.names = {item["metadata"]["name"] async for item in items}
 
     def event(self, event: Event) -> None:
         change = self.names.discard if event.type == "DELETED" else self.names.add
