@@ -1,78 +1,138 @@
-"""One user is one kube-scheduler: filter, prioritize, bind, and later the pod is gone. For a standalone service.
+"""What locust runs: the users, the shape that LOAD_SHAPE names, the summary and the exit status.
 
-    tangram serve --nodes nodes.json           # in one terminal
-    locust -f loadtests/locustfile.py --host http://127.0.0.1:8080 --headless -u 1 -r 1 -t 30s
+    locust -f loadtests/locustfile.py KubeScheduler --host http://127.0.0.1:8080 --headless -u 1 -t 30s
 
-A real kube-scheduler asks one thing at a time, so one user is the truth and more users are a stress.
+From the repository's folder; `loadtests/README.md` has every way to use it. Without names it is KubeScheduler alone.
 """
 
 from __future__ import annotations
 
-import random
-import uuid
-from collections import deque
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
 
-from locust import FastHttpUser, constant, events, task
+from locust import LoadTestShape, events
+from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
+from locust.runners import WorkerRunner
 
-from app.driver import PodSpec, args_body, binding_body, choose, pod_object
+from app.errors import BadInput
+from loadtests.agents import LATE, Agents, muster
+from loadtests.arrivals import BadMix, asks_of_trace, mix_called
+from loadtests.baseline import Echo
+from loadtests.kube_scheduler import REFUSED, KubeScheduler
+from loadtests.options import add_options, options_of
+from loadtests.shapes import SHAPES
+from loadtests.summary import Recorder, console, table_of
+from loadtests.tenants import Tenant
 
-ASKS = (
-    ("nvidia.com/gpu", 1),
-    ("nvidia.com/gpu", 2),
-    ("nvidia.com/gpu", 4),
-    ("nvidia.com/gpu", 8),
-    ("nvidia.com/mig-1g.10gb", 1),
-    ("nvidia.com/mig-2g.20gb", 1),
-    ("nvidia.com/mig-3g.40gb", 1),
-)
-KEPT = 400  # pods that a user keeps running; then the oldest leaves for each that comes
-HEADERS = {"Content-Type": "application/json"}
+__all__ = ["Agents", "Echo", "KubeScheduler", "Tenant"]
 
+MISUSE = 2
 
-class KubeScheduler(FastHttpUser):
-    """Pods come one after another; each takes the whole way."""
+recorder = Recorder()
+began = {"wall": time.monotonic(), "cpu": time.process_time()}
 
-    wait_time = constant(0)
+if os.environ.get("LOAD_SHAPE"):
+    plan = SHAPES[os.environ["LOAD_SHAPE"]]
 
-    def on_start(self) -> None:
-        """Learn the nodes' names, as kube-scheduler knows them from its own cache."""
-        self.rng = random.Random(1)
-        self.running: deque[str] = deque()
-        nodes = self.client.get("/v1/cluster?limit=10000", name="(set up)").json()["nodes"]
-        self.names = [node["name"] for node in nodes]
-        if not self.names:
-            raise SystemExit("the service has no nodes: start it with `tangram serve --nodes FILE`")
+    class Shape(LoadTestShape):
+        """Asks the plan every second."""
 
-    @task
-    def place_a_pod(self) -> None:
-        """Filter; prioritize if more than one node fits; bind; let the oldest pod go."""
-        spec = PodSpec(name=f"load-{uuid.uuid4().hex[:12]}", uid=str(uuid.uuid4()), resources=(self.rng.choice(ASKS),))
-        pod = pod_object(spec)
-        fits = self.post("/filter", args_body(pod, self.names))["NodeNames"]
-        if fits:
-            node = fits[0] if len(fits) == 1 else self.best(pod, fits)
-            if not self.post("/bind", binding_body(spec, node))["Error"]:
-                self.running.append(spec.uid)
-        if self.running and (not fits or len(self.running) > KEPT):
-            self.client.delete(f"/v1/pods/{self.running.popleft()}", name="DELETE /v1/pods/UID")
+        use_common_options = True
 
-    def best(self, pod: dict[str, object], fits: list[str]) -> str:
-        """The node that kube-scheduler would take: the highest score, ties at random."""
-        scores = self.post("/prioritize", args_body(pod, fits))
-        return choose(fits, {each["Host"]: each["Score"] for each in scores}, self.rng)
-
-    def post(self, path: str, body: bytes):  # type: ignore[no-untyped-def]  # JSON of three shapes
-        """One call; anything but a 200 without `Error` counts as a failure, except a bind refused for want of room."""
-        with self.client.post(path, data=body.decode(), headers=HEADERS, catch_response=True) as answer:
-            value = answer.json()
-            if path == "/filter" and value["Error"]:
-                answer.failure(value["Error"])
-            return value
+        def tick(self) -> tuple[int, float] | None:
+            """Users now, and all of them at once; None when the time is over."""
+            assert self.runner is not None
+            given: Any = self.runner.environment.parsed_options
+            most, seconds, at = given.num_users or 1, given.run_time or 60, self.get_run_time()
+            return None if at >= seconds else (plan(at, most, seconds), float(given.spawn_rate or most))
 
 
-@events.quitting.add_listener  # type: ignore[untyped-decorator]  # locust's
-def fail_on_errors(environment: Environment, **_: object) -> None:
-    """The exit status tells whether anything failed."""
-    broken = environment.stats.total.num_failures or (environment.runner and environment.runner.exceptions)
-    environment.process_exit_code = 1 if broken else 0
+@events.init_command_line_parser.add_listener
+def take_options(parser: LocustArgumentParser, **_: object) -> None:
+    """Ours beside locust's."""
+    add_options(parser)
+
+
+@events.init.add_listener
+def check_options(environment: Environment, **_: object) -> None:
+    """Who takes part, and whether they have what they need."""
+    options, given = options_of(environment), environment.parsed_options
+    if given is not None and not given.user_classes:
+        environment.user_classes[:] = [KubeScheduler]
+    if Tenant in environment.user_classes:
+        KubeScheduler.fixed_count = 1
+    try:
+        mix_called(options.mix)
+        if options.trace:
+            asks_of_trace(Path(options.trace))
+        if Agents in environment.user_classes:
+            muster(options)
+        if Echo in environment.user_classes and not options.echo:
+            raise BadInput("Echo needs --echo URL (python -m loadtests.echo)")
+    except (BadInput, BadMix) as wrong:
+        print(f"loadtests: {wrong}", file=sys.stderr)
+        sys.exit(MISUSE)
+
+
+@events.test_start.add_listener
+def begin(**_: object) -> None:
+    """The clock runs from here."""
+    began.update(wall=time.monotonic(), cpu=time.process_time())
+
+
+@events.request.add_listener
+def record(
+    name: str, response_time: float, exception: object = None, context: dict[str, Any] | None = None, **_: object
+) -> None:
+    """Every call of every user."""
+    about = context or {}
+    error = "" if exception is None else str(exception)[:200] or type(exception).__name__
+    recorder.record(
+        name, response_time, error=error, late_ms=about.get(LATE), refused=bool(about.get(REFUSED)) and not error
+    )
+
+
+@events.report_to_master.add_listener
+def send(data: dict[str, Any], **_: object) -> None:
+    """A worker's part goes to the master, which writes the summary."""
+    data["recorder"] = recorder.take().wire()
+
+
+@events.worker_report.add_listener
+def receive(data: dict[str, Any], **_: object) -> None:
+    """A worker's part comes."""
+    recorder.add(Recorder.read(data["recorder"]))
+
+
+@events.quitting.add_listener
+def sum_up(environment: Environment, **_: object) -> None:
+    """Table, file and exit status."""
+    if isinstance(environment.runner, WorkerRunner):
+        return
+    options, seconds = options_of(environment), time.monotonic() - began["wall"]
+    failures = recorder.failures()
+    if environment.runner is not None:
+        failures += [str(each["msg"]) for each in environment.runner.exceptions.values()]
+    rows = recorder.rows(seconds)
+    summary = {
+        "host": options.extender_url,
+        "users": sorted(each.__name__ for each in environment.user_classes),
+        "shape": os.environ.get("LOAD_SHAPE", ""),
+        "seconds": round(seconds, 2),
+        "driver_cpu_share": round((time.process_time() - began["cpu"]) / seconds, 3),
+        "rows": rows,
+        "failures": failures,
+    }
+    if options.summary:
+        Path(options.summary).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.summary).write_text(json.dumps(summary, indent=1) + "\n")
+    paper = console()
+    paper.print(table_of(f"{seconds:.0f} s against {options.extender_url}, milliseconds", rows))
+    for words in failures:
+        paper.print(f"FAILED: {words}", markup=False)
+    environment.process_exit_code = 1 if failures else 0
