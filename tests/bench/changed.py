@@ -5,13 +5,13 @@
 A change is a pod that comes to a random node or leaves it, so that states vary as they would. For each kind of node
 
     solver   Ranking.put, settle (the prices of all kinds of demand), and prices for one demand and then for all
-    app      the ledger is told (assume and confirm, or release), Offers.refresh, then what nodes fit each kind of demand
+    app      the ledger is told (assume and confirm, or release), Offers.refresh, then what fits each kind of demand
     report   the node's agent sends a full report with other free memory: Service.report, and the same again
 
 The target is for all of it together: until every kind of demand could be answered again. Value tables are solved first,
-as the service's planner does. Most changes lead to states that other nodes are in already, whose prices are copied; those
-that do not are told apart (`new state`), since a node that is alone of its kind has only those. `--profile` says where
-the time of one kind of node goes.
+as the service's planner does. Most changes lead to states that other nodes are in already, whose prices are copied;
+those that do not are told apart (`new state`), since a node that is alone of its kind has only those. `--profile` says
+where the time of one kind of node goes.
 """
 
 from __future__ import annotations
@@ -320,15 +320,12 @@ def _rows(layer: str, kind: str, steps: Steps) -> Iterator[Row]:
 def targets_of(rows: Sequence[Row]) -> list[Target]:
     """All the work of a change, in the middle, by layer and kind of node."""
     targets = []
-    new = {(row.layer, row.kind): row.took for row in rows if row.step == "new state"}
     for row in rows:
-        if row.step == "all":
-            what = f"one changed node, {row.layer}, {row.kind}"
-            note = f"p99 {row.took.p99:.2f} ms"
-            alone = new.get((row.layer, row.kind))
-            if alone is not None:
-                note += f"; {alone.count} of {row.took.count} led to a new state: p50 {alone.p50:.2f} ms"
-            key = f"changed.{row.layer}.{row.kind}"
+        if row.step in ("all", "new state"):
+            new = row.step == "new state"
+            what = f"one changed node, {row.layer}, {row.kind}{', a state that no node was in' if new else ''}"
+            note = f"p99 {row.took.p99:.2f} ms of {row.took.count} changes"
+            key = f"changed.{row.layer}.{row.kind}{'.new' if new else ''}"
             targets.append(Target(key, what, TARGET_MS, row.took.p50, "ms", note=note))
     return targets
 
@@ -340,10 +337,10 @@ def show(rows: Sequence[Row], console: Console) -> None:
         table.add_column(title)
     for title in ("Changes", "p50", "p90", "p99", "max"):
         table.add_column(title, justify="right")
-    for row in rows:
-        took = row.took
+    for row, after in zip(rows, (*rows[1:], None), strict=True):
+        took, last = row.took, after is None or (after.layer, after.kind) != (row.layer, row.kind)
         times = [f"{value:.3f}" for value in (took.p50, took.p90, took.p99, took.max)]
-        table.add_row(row.layer, row.kind, row.step, str(took.count), *times, end_section=row.step == "new state")
+        table.add_row(row.layer, row.kind, row.step, str(took.count), *times, end_section=last)
     console.print(table)
 
 
