@@ -1,20 +1,29 @@
 """Bind: the last verb of a pod's story, the one that talks to the API server.
 
-    assume ─▶ have its slices made ─▶ write the placement on the pod ─▶ create the Binding ─▶ confirm
+    assume ─▶ have its slices made ─▶ declare it in the journal ─▶ create the Binding, placement and all ─▶ confirm
        │                │                      │                             │
-       │      not in time: forget        4xx: forget      4xx: read the pod; ours? confirm : remove annotation, forget
-       └─ refused: say why               unknown: `settle` reads until the API server tells, and until then the
-                                                  devices stay taken
+       │      not in time: forget      not ours: forget       4xx: read the pod; ours? confirm : forget
+       └─ refused: say why                                    changed meanwhile? again
+                                                              unknown: `settle` reads until the API server tells, and
+                                                                       until then the devices stay taken
 
-It may be called twice, in any order with the other verbs, and for pods that are never heard of again.
+At most one Binding of a pod is ever under way, with the devices that the journal names: where the outcome of an
+earlier one is not known the pod is *fenced* first, which is to change it, so that a Binding for the version before
+conflicts. Decision 0011 says why no order of events gives a device away twice.
+
+Bind may be called twice, in any order with the other verbs, and for pods that are never heard of again.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
 
 from app.errors import Conflict, KubeError, NotFound, Refused
 from app.handing import Handing
+from app.journal import Intent, Journal
 from app.kube import Kube
 from app.ledger import Hold, Ledger, Phase
 from app.offers import Offers, legal
@@ -22,7 +31,7 @@ from app.orders import Orders
 from app.refusals import Refusals
 from app.schedule import Schedule
 from app.settings import Settings
-from app.translate import PLACEMENT_ANNOTATION, Malformed, Pod, PodRef, pod_of, write_placement
+from app.translate import FENCE_ANNOTATION, PLACEMENT_ANNOTATION, Malformed, Pod, PodRef, pod_of, write_placement
 from app.truth import Truth
 from app.wire import BindArgs
 from solver import Demand, Device, Placement, Refusal
@@ -31,6 +40,8 @@ log = logging.getLogger(__name__)
 
 FIRST_RETRY_SECONDS = 0.2
 LONGEST_RETRY_SECONDS = 5.0
+OUT_OF_TIME = "no time was left, or its promise had changed meanwhile"
+SETTLING_AT_ONCE = 32  # after a restart there may be thousands
 
 
 class Binder:
@@ -48,6 +59,7 @@ class Binder:
         truth: Truth,
         schedule: Schedule,
         kube: Kube | None,
+        journal: Journal | None,
         waiting_for: Callable[[], list[str]],
         term: Callable[[], int],
         clock: Callable[[], float],
@@ -61,11 +73,14 @@ class Binder:
         self._truth = truth
         self._schedule = schedule
         self._kube = kube
+        self._journal = journal
         self._waiting_for = waiting_for
         self._term = term
         self._clock = clock
         self._binds: dict[str, tuple[str, asyncio.Task[str]]] = {}
         self._settling: dict[str, asyncio.Task[None]] = {}
+        self._settlers = asyncio.Semaphore(SETTLING_AT_ONCE)
+        self._unfenced: set[str] = set()
         self._checking: dict[str, asyncio.Task[None]] = {}
 
     async def bind(self, args: BindArgs) -> str:
@@ -84,6 +99,11 @@ class Binder:
     def is_binding(self, uid: str) -> bool:
         """Whether a bind of this pod is being made now."""
         return uid in self._binds
+
+    def is_open(self, uid: str) -> bool:
+        """Whether a Binding of this pod may still arrive: the journal must go on naming it."""
+        hold = self._ledger.get(uid)
+        return uid in self._binds or (hold is not None and hold.phase is Phase.ASSUMED)
 
     async def _bind_and_settle(self, args: BindArgs) -> str:
         """Whatever is left assumed by a bind that was not made must be settled."""
@@ -128,51 +148,75 @@ class Binder:
         if self._kube is None:
             self._ledger.confirm(pod.ref.uid, now=self._clock())
             return ""
+        assert self._journal is not None
         try:
             async with asyncio.timeout(self._left(latest)):
-                return await self._bind_to(self._kube, pod, devices, term, latest, promised_before=promised_before)
+                if promised_before:
+                    pod = pod_of(await self._kube.get_pod(pod.ref.namespace, pod.ref.name))
+                    self._truth.pod_seen(pod)
+                    refusal = _unbindable(pod, args)
+                    if refusal or pod.node:
+                        return refusal
+                    pod = await self._fence(self._kube, pod)
+                return await self._bind_to(self._kube, self._journal, pod, devices, term, latest)
         except (KubeError, TimeoutError) as error:
             return f"it is not known whether {pod.ref} was bound: {error}"
 
     async def _bind_to(
-        self, kube: Kube, pod: Pod, placement: Placement, term: int, latest: float, *, promised_before: bool
+        self, kube: Kube, journal: Journal, pod: Pod, placement: Placement, term: int, latest: float
     ) -> str:
-        """Its slices, its annotation, its Binding; begun anew where its devices are exchanged for others meanwhile."""
+        """Its slices, its entry in the journal, its Binding; begun anew where its devices are exchanged meanwhile.
+
+        No other Binding of the pod is under way when this begins, so until ours is sent all can be taken back.
+        """
         while True:
             uuids = await self._orders.made(pod.ref.uid, placement)
-            exchanged = self._exchanged(pod.ref, placement)
-            if exchanged is None and isinstance(uuids, Refusal):
-                return self._not_made(pod, placement, uuids, promised_before=promised_before)
-            if exchanged is None and not isinstance(uuids, Refusal):
-                try:
-                    version = await self._write(kube, pod.ref, placement, uuids, latest)
-                except Refused as error:
-                    # Nothing was written by this call. An earlier one may have a Binding under way, and is settled.
-                    if not promised_before:
-                        self._ledger.forget(pod.ref.uid)
-                    return f"the placement could not be written to {pod.ref}: {error}"
-                exchanged = self._exchanged(pod.ref, placement)
-            if exchanged is not None:
-                placement = exchanged
+            placement, before = self._exchanged(pod.ref, placement), placement
+            if placement is not before:
                 continue
-            if self._clock() >= latest or self._term() != term or not self._still_ours(pod.ref, placement):
-                return f"no time was left to bind {pod.ref} after its placement had been written, or it had changed"
-            return await self._create_binding(kube, pod.ref, placement.node, version, latest)
+            if isinstance(uuids, Refusal):
+                return self._not_made(pod, placement, uuids)
+            if self._is_over(term, latest):
+                return self._taken_back(pod.ref, OUT_OF_TIME)
+            try:
+                await journal.declare(Intent(pod.ref, placement.node, placement.devices))
+            except Refused as error:
+                return self._taken_back(pod.ref, f"its bind could not be declared: {error}")
+            placement, before = self._exchanged(pod.ref, placement), placement
+            if placement is not before:
+                continue
+            if self._is_over(term, latest) or not self._still_ours(pod.ref, placement):
+                return self._taken_back(pod.ref, OUT_OF_TIME)
+            why_not = await self._create_binding(kube, pod, placement, uuids, term, latest)
+            return self._refused_there(pod.ref, placement.node, why_not) if why_not else ""
 
-    def _exchanged(self, pod: PodRef, placement: Placement) -> Placement | None:
-        """What the pod is promised now, if that is other devices of the same node."""
+    def _is_over(self, term: int, latest: float) -> bool:
+        """Whether nothing may be sent any more for a bind that began in that term."""
+        return self._clock() >= latest or self._term() != term or bool(self._waiting_for())
+
+    def _taken_back(self, pod: PodRef, why: str) -> str:
+        """Nothing was sent, or it was refused: the devices are free again."""
+        hold = self._ledger.get(pod.uid)
+        self._ledger.forget(pod.uid)
+        if hold is not None:
+            self._truth.made_room(hold.node)
+        return f"{pod} was not bound: {why}"
+
+    def _refused_there(self, pod: PodRef, node: str, why: str) -> str:
+        self.check(node, f"its last bind was refused: {why}")
+        return self._taken_back(pod, why)
+
+    def _exchanged(self, pod: PodRef, placement: Placement) -> Placement:
+        """The placement; where the pod is promised other devices of the same node by now, one with those."""
         hold = self._ledger.get(pod.uid)
         if hold is None or hold.phase is not Phase.ASSUMED or hold.node != placement.node:
-            return None
-        return Placement(hold.node, hold.devices, hold.prices) if hold.devices != placement.devices else None
+            return placement
+        same = hold.devices == placement.devices
+        return placement if same else Placement(hold.node, hold.devices, hold.prices)
 
-    def _not_made(self, pod: Pod, placement: Placement, why: Refusal, *, promised_before: bool) -> str:
-        """Its slices were not made: nothing was written by this call, so the devices are free again.
-
-        An earlier call may have written it; then it is settled.
-        """
-        if not promised_before:
-            self._ledger.forget(pod.ref.uid)
+    def _not_made(self, pod: Pod, placement: Placement, why: Refusal) -> str:
+        """Its slices were not made: the devices are free again."""
+        self._ledger.forget(pod.ref.uid)
         self._offers.refresh(now=self._clock())
         self._orders.refresh([placement.node])
         self._handing.refresh([placement.node])
@@ -197,7 +241,10 @@ class Binder:
         self._offers.refresh(now=now)
         hold = self._ledger.get(pod.ref.uid)
         if hold is not None and hold.phase is Phase.ASSUMED and hold.node == node:
-            return self._again(hold)
+            again = self._again(hold)
+            if isinstance(again, Refusal):
+                self.settle(hold.pod)
+            return again
         refused = self._refusals.on(demand)
         if node in refused:
             return Refusal(refused[node])
@@ -221,69 +268,57 @@ class Binder:
         others = self._ledger.taken(hold.node, but=[hold.pod.uid])
         refusal = legal(seen)(others, hold.allocation)
         if refusal is not None:
-            self.settle(hold.pod)
             return refusal
         return Placement(hold.node, hold.devices, hold.prices)
-
-    async def _write(
-        self, kube: Kube, pod: PodRef, placement: Placement, uuids: Mapping[Device, str], latest: float
-    ) -> str:
-        """The placement onto the pod; the pod's new version. Raises KubeError."""
-        text = write_placement(pod.uid, placement.node, placement.devices, uuids)
-        return await kube.annotate_pod(
-            pod.namespace, pod.name, {PLACEMENT_ANNOTATION: text}, uid=pod.uid, timeout=self._left(latest)
-        )
 
     def _still_ours(self, pod: PodRef, placement: Placement) -> bool:
         """Whether the promise still stands after waiting for the API server: much may have happened."""
         hold = self._ledger.get(pod.uid)
-        ready = not self._waiting_for() and hold is not None and hold.phase is Phase.ASSUMED
-        if hold is None or not ready or hold.devices != placement.devices:
+        if hold is None or hold.phase is not Phase.ASSUMED or hold.devices != placement.devices:
             return False
         return not isinstance(self._again(hold), Refusal)
 
-    async def _create_binding(self, kube: Kube, pod: PodRef, node: str, version: str, latest: float) -> str:
-        """Bind; a definite refusal is undone. Raises Unknown and TimeoutError: the caller's hold is then settled."""
-        try:
-            await kube.bind(
-                pod.namespace, pod.name, node, uid=pod.uid, resource_version=version, timeout=self._left(latest)
-            )
-        except Refused as error:
-            refused = f"{pod} could not be bound: {error}"
-            if isinstance(error, Conflict) and await self._is_bound(kube, pod, node):
+    async def _create_binding(
+        self, kube: Kube, pod: Pod, placement: Placement, uuids: Mapping[Device, str], term: int, latest: float
+    ) -> str:
+        """Bind, for the version that is known; again where the pod had changed. Why not, if it definitely was not.
+
+        A version counts only if the pod has not been fenced since the bind was declared: else somebody has given
+        the devices up on our behalf. Raises Unknown and TimeoutError: the caller's hold is then settled.
+        """
+        text = write_placement(pod.ref.uid, placement.node, placement.devices, uuids)
+        now = self._truth.pods.get(pod.ref.uid) or pod
+        while True:
+            why_not = _changed(now, pod)
+            if why_not:
+                return why_not
+            try:
+                await kube.bind(
+                    pod.ref.namespace,
+                    pod.ref.name,
+                    placement.node,
+                    uid=pod.ref.uid,
+                    resource_version=now.resource_version,
+                    annotations={PLACEMENT_ANNOTATION: text},
+                    timeout=self._left(latest),
+                )
+                self._ledger.confirm(pod.ref.uid, now=self._clock())
                 return ""
-            self.check(node, f"its last bind was refused: {error}")
-            await self._undo(kube, pod, version, latest)
-            return refused
-        self._ledger.confirm(pod.uid, now=self._clock())
-        return ""
-
-    async def _is_bound(self, kube: Kube, pod: PodRef, node: str) -> bool:
-        """Whether the conflict is that an earlier Binding of ours had been made after all."""
-        try:
-            now = pod_of(await kube.get_pod(pod.namespace, pod.name))
-        except NotFound:
-            return False
-        if now.ref.uid != pod.uid or now.node != node:
-            return False
-        self._truth.pod_seen(now)
-        return True
-
-    async def _undo(self, kube: Kube, pod: PodRef, version: str, latest: float) -> None:
-        """Remove the annotation of the very version that we wrote, then forget; anything else is left to `settle`."""
-        try:
-            await kube.annotate_pod(
-                pod.namespace,
-                pod.name,
-                {PLACEMENT_ANNOTATION: None},
-                uid=pod.uid,
-                resource_version=version,
-                timeout=self._left(latest),
-            )
-        except KubeError as error:
-            log.info("undoing the bind of %s: %s", pod, error)
-            return
-        self._ledger.forget(pod.uid)
+            except Conflict as error:
+                refused, sent = str(error), now.resource_version
+            except Refused as error:
+                return str(error)
+            try:
+                now = pod_of(await kube.get_pod(pod.ref.namespace, pod.ref.name))
+            except NotFound:
+                return refused
+            self._truth.pod_seen(now)
+            if now.ref.uid == pod.ref.uid and now.node == placement.node:
+                return ""  # an earlier Binding of ours had been made after all
+            if now.resource_version == sent:
+                return refused  # whatever the conflict is, it is not the version
+            if self._is_over(term, latest) or not self._still_ours(pod.ref, placement):
+                return OUT_OF_TIME
 
     async def _bind_without_devices(self, args: BindArgs, latest: float) -> str:
         """A pod that asks for nothing of ours, sent to us all the same (managedResources is empty)."""
@@ -308,6 +343,27 @@ class Binder:
 
     # -- settling what is not known -------------------------------------------------------------------
 
+    def adopt(self, intents: Iterable[Intent]) -> None:
+        """Nobody knows what became of these binds: where the pod is not bound its devices stay taken until that is
+        settled. Called at a new term when the pods have been listed; what was being settled before begins anew."""
+        for intent in intents:
+            self._truth.was_declared(intent.pod.uid, intent.node, intent.devices)
+        for hold in self._ledger.assumed():
+            pod = self._truth.pods.get(hold.pod.uid)
+            if hold.pod.uid not in self._binds and (pod is None or pod.written is None):
+                self.settle(hold.pod)
+
+    def fence(self, pods: Iterable[PodRef]) -> None:
+        """Make sure that no Binding of these pods can still arrive; until then `unfenced` counts them."""
+        for pod in pods:
+            self._unfenced.add(pod.uid)
+            self.settle(pod)
+
+    @property
+    def unfenced(self) -> int:
+        """Pods of which a Binding may arrive, with devices that nobody knows."""
+        return len(self._unfenced)
+
     def settle(self, pod: PodRef) -> None:
         """Find out from the API server what became of a bind, and free the devices if it was not made."""
         if self._kube is not None and pod.uid not in self._settling:
@@ -331,24 +387,19 @@ class Binder:
         while not await self._settled(kube, ref):
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_RETRY_SECONDS)
+        self._unfenced.discard(ref.uid)
 
     async def _settled(self, kube: Kube, ref: PodRef) -> bool:
-        """One try. The removal carries the version that was read, so that a Binding still under way conflicts."""
+        """One try: a pod that is not bound is fenced, and its devices are free."""
         try:
-            pod = pod_of(await kube.get_pod(ref.namespace, ref.name))
-            if pod.ref.uid != ref.uid:
-                raise NotFound(f"{ref} is another pod now")
-            if pod.node or pod.finished:
-                self._truth.pod_seen(pod)
-                return True
-            await kube.annotate_pod(
-                ref.namespace,
-                ref.name,
-                {PLACEMENT_ANNOTATION: None},
-                uid=ref.uid,
-                resource_version=pod.resource_version,
-                timeout=LONGEST_RETRY_SECONDS,
-            )
+            async with self._settlers:
+                pod = pod_of(await kube.get_pod(ref.namespace, ref.name))
+                if pod.ref.uid != ref.uid:
+                    raise NotFound(f"{ref} is another pod now")
+                if pod.node or pod.finished:
+                    self._truth.pod_seen(pod)
+                    return True
+                await self._fence(kube, pod)
         except NotFound:
             self._truth.pod_gone(ref.uid)
             return True
@@ -360,6 +411,31 @@ class Binder:
         if hold is not None:
             self._truth.made_room(hold.node)
         return True
+
+    async def _fence(self, kube: Kube, pod: Pod) -> Pod:
+        """Change that very version of the pod, so that a Binding still under way conflicts; the pod afterwards.
+
+        The mark is a new one each time: kube-apiserver makes nothing of a patch that changes nothing.
+        """
+        mark = f"{datetime.now(UTC).isoformat()} {secrets.token_hex(4)}"
+        version = await kube.annotate_pod(
+            pod.ref.namespace,
+            pod.ref.name,
+            {FENCE_ANNOTATION: mark, PLACEMENT_ANNOTATION: None},
+            uid=pod.ref.uid,
+            resource_version=pod.resource_version,
+            timeout=LONGEST_RETRY_SECONDS,
+        )
+        fenced = replace(pod, resource_version=version, fence=mark, written=None)
+        self._truth.pod_seen(fenced)
+        return fenced
+
+    async def stop_settling(self) -> None:
+        """At a new term: what was found out before it is not enough any more."""
+        settling = list(self._settling.values())
+        for task in settling:
+            task.cancel()
+        await asyncio.gather(*settling, return_exceptions=True)
 
     async def _stop_settling(self, uid: str) -> None:
         task = self._settling.get(uid)
@@ -419,4 +495,19 @@ def _unbindable(pod: Pod, args: BindArgs) -> str:
         return f"{args.pod} is being deleted or has finished"
     if isinstance(pod.ask, Malformed):
         return pod.ask.reason
+    return ""
+
+
+def _changed(now: Pod, declared: Pod) -> str:
+    """Why a pod that was declared cannot be bound as it is now; empty if it can."""
+    if now.ref.uid != declared.ref.uid:
+        return f"it has UID {now.ref.uid} now"
+    if now.node:
+        return f"it is bound to {now.node} already"
+    if now.finished or now.terminating:
+        return "it is being deleted or has finished"
+    if now.gated:
+        return "somebody holds it back from being scheduled"
+    if now.fence != declared.fence:
+        return "somebody has fenced it: its bind was given up"
     return ""

@@ -23,6 +23,7 @@ Json = dict[str, Any]
 FIRST_PAGE = 100  # objects; how many come next follows from how large these were
 MOST_ON_A_PAGE = 500
 PAGE_BYTES = 1 << 20  # reading it as JSON holds up everybody for some 7 ms
+NO_ANNOTATIONS: Mapping[str, str] = {}
 TOKEN_NODE = "authentication.kubernetes.io/node-name"  # noqa: S105  (the name of a fact in a TokenReview)
 QUIET_SECONDS = 90.0  # API servers send bookmarks each minute; longer silence means a dead connection
 
@@ -99,9 +100,17 @@ class Kube(Protocol):
         ...
 
     async def bind(
-        self, namespace: str, name: str, node: str, *, uid: str, resource_version: str, timeout: float
+        self,
+        namespace: str,
+        name: str,
+        node: str,
+        *,
+        uid: str,
+        resource_version: str,
+        annotations: Mapping[str, str] = NO_ANNOTATIONS,
+        timeout: float,
     ) -> None:
-        """Create the Binding, with uid and resourceVersion as preconditions."""
+        """Create the Binding, with uid and resourceVersion as preconditions; the pod gets the annotations with it."""
         ...
 
     async def get_lease(self, namespace: str, name: str) -> Json:
@@ -114,6 +123,18 @@ class Kube(Protocol):
 
     async def replace_lease(self, namespace: str, name: str, lease: Json) -> Json:
         """Replace that version of the Lease."""
+        ...
+
+    async def get_config_map(self, namespace: str, name: str) -> Json:
+        """The ConfigMap."""
+        ...
+
+    async def create_config_map(self, namespace: str, config_map: Json) -> Json:
+        """A new ConfigMap."""
+        ...
+
+    async def replace_config_map(self, namespace: str, name: str, config_map: Json, *, timeout: float) -> Json:
+        """Replace that version of the ConfigMap."""
         ...
 
     async def review_token(self, token: str, *, audience: str) -> Reviewed:
@@ -227,12 +248,23 @@ class ApiServer:
         )
 
     async def bind(
-        self, namespace: str, name: str, node: str, *, uid: str, resource_version: str, timeout: float
+        self,
+        namespace: str,
+        name: str,
+        node: str,
+        *,
+        uid: str,
+        resource_version: str,
+        annotations: Mapping[str, str] = NO_ANNOTATIONS,
+        timeout: float,
     ) -> None:
-        """Create the Binding. kube-apiserver honours uid and resourceVersion as preconditions (409 otherwise)."""
-        metadata = {"name": name, "namespace": namespace, "uid": uid}
+        """Create the Binding. kube-apiserver honours uid and resourceVersion as preconditions (409 otherwise), and
+        merges the annotations into the pod's in the same transaction that sets its node."""
+        metadata: Json = {"name": name, "namespace": namespace, "uid": uid}
         if resource_version:
             metadata["resourceVersion"] = resource_version
+        if annotations:
+            metadata["annotations"] = dict(annotations)
         body: Json = {
             "apiVersion": "v1",
             "kind": "Binding",
@@ -252,6 +284,18 @@ class ApiServer:
     async def replace_lease(self, namespace: str, name: str, lease: Json) -> Json:
         """Replace the Lease of that resourceVersion; Conflict where it has changed."""
         return await self._json("PUT", f"{_leases(namespace)}/{name}", body=lease, timeout=5)
+
+    async def get_config_map(self, namespace: str, name: str) -> Json:
+        """The ConfigMap, or NotFound."""
+        return await self._json("GET", f"{_config_maps(namespace)}/{name}", timeout=5)
+
+    async def create_config_map(self, namespace: str, config_map: Json) -> Json:
+        """A new ConfigMap; Conflict where somebody was faster."""
+        return await self._json("POST", _config_maps(namespace), body=config_map, timeout=5)
+
+    async def replace_config_map(self, namespace: str, name: str, config_map: Json, *, timeout: float) -> Json:
+        """Replace the ConfigMap of that resourceVersion; Conflict where it has changed."""
+        return await self._json("PUT", f"{_config_maps(namespace)}/{name}", body=config_map, timeout=timeout)
 
     async def review_token(self, token: str, *, audience: str) -> Reviewed:
         """A TokenReview. The token is in the body only, so that no error and no log has it."""
@@ -329,6 +373,10 @@ class ApiServer:
 
 def _leases(namespace: str) -> str:
     return f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
+
+
+def _config_maps(namespace: str) -> str:
+    return f"/api/v1/namespaces/{namespace}/configmaps"
 
 
 def _reviewed(review: Json) -> Reviewed:

@@ -3,7 +3,8 @@
 A holder serves only while its last successful renewal is younger than the lease, by its own monotonic clock;
 a newcomer takes over only after it has itself watched the lease not change for its whole length (clocks of
 two machines are never compared). A restart under the same identity need not wait: that process is dead.
-Binds made late by a former holder fail on their resourceVersion, so the Lease guards order, not safety.
+Binds of a former holder are declared in the journal, which its successor takes first, so that they are known and fail
+on their resourceVersion: the Lease guards order, not safety.
 """
 
 import asyncio
@@ -33,6 +34,8 @@ class Lease:
         self._renewed: float | None = None
         self._seen: tuple[str, str] | None = None
         self._seen_at = 0.0
+        self.made = False
+        """Whether there was no such Lease before ours: nobody has served under its name."""
         self.holder = ""
         self.term = 0
         """Counts how often the Lease became ours: what was decided in one term is not valid in the next."""
@@ -102,6 +105,7 @@ class Lease:
                 metadata = {"name": self._name, "namespace": self._namespace}
                 body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata, "spec": spec}
                 await self._kube.create_lease(self._namespace, body)
+                self.made = True
             else:
                 await self._kube.replace_lease(self._namespace, self._name, {**lease, "spec": spec})
         except Conflict:

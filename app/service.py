@@ -20,6 +20,7 @@ from app.extender import Extender
 from app.handing import Handing
 from app.hosts import Amount, Hosts
 from app.inventory import Inventory, Ownership, profiles_in
+from app.journal import SUFFIX, Intent, Journal, Unreadable
 from app.kube import Event, Kube
 from app.lease import Lease
 from app.ledger import Ledger
@@ -59,6 +60,7 @@ AT_ONCE = 4  # nodes whose lists are made anew when an agent reports: its own an
 GONE_AFTER_STALE = 4.0  # times `stale_seconds`: then a node that the API server does not have is forgotten
 UNKNOWN_WAITERS_SECONDS = 60.0  # after a rebuild: by then the agents have reported and the pods were looked at anew
 LOOK_SECONDS = 0.05
+TAKE_SECONDS = 0.3
 RENAME_SECONDS = 5.0
 SHOWN = 5
 
@@ -116,6 +118,7 @@ class Service:
         self.schedule = Schedule()
         self.planner = self._planner() if settings.planning else None
         self.lease: Lease | None = None
+        self.journal: Journal | None = None
         self.watches: tuple[Watch, ...] = ()
         if kube is not None:
             self.lease = Lease(
@@ -124,6 +127,13 @@ class Service:
                 name=settings.lease_name,
                 identity=settings.identity,
                 seconds=settings.lease_seconds,
+                clock=clock,
+            )
+            self.journal = Journal(
+                kube,
+                namespace=settings.namespace,
+                name=settings.lease_name + SUFFIX,
+                is_open=lambda uid: self.binder.is_open(uid),
                 clock=clock,
             )
             self.watches = (
@@ -151,6 +161,7 @@ class Service:
             truth=self.truth,
             schedule=self.schedule,
             kube=kube,
+            journal=self.journal,
             waiting_for=self.waiting_for,
             term=self._current_term,
             clock=clock,
@@ -158,6 +169,7 @@ class Service:
         self._tasks: list[asyncio.Task[None]] = []
         self.broken = ""
         """What ended that must never end; liveness fails then, and a restart rebuilds everything."""
+        self._no_journal = ""
         self._rebuilt_in_term = 0
         self._rebuilt_at = clock()
         self._changed: dict[str, None] = {}
@@ -171,7 +183,8 @@ class Service:
         """Start every background task; readiness follows by itself."""
         self.loop.start()
         loops = [self._do_chores(), self._tidy()]
-        if self.kube is not None and self.lease is not None:
+        if self.kube is not None and self.lease is not None and self.journal is not None:
+            loops.append(self.journal.run())
             loops += [self.lease.run(), self._rebuild(), self._wake(self.kube), self._name_slices(self.kube)]
             loops += [self._write_placements(), self._tell_refusals(self.kube)]
         if self.planner is not None:
@@ -187,6 +200,8 @@ class Service:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.loop.stop()
+        if self.journal is not None:
+            await self.journal.close()
         if self.lease is not None:
             await self.lease.release()
         if self.kube is not None:
@@ -198,6 +213,7 @@ class Service:
         While it is not, somebody else may write placements, and what we know is no longer the whole truth.
         """
         assert self.lease is not None
+        assert self.journal is not None
         while True:
             while not self.lease.held():
                 await asyncio.sleep(LOOK_SECONDS)
@@ -207,17 +223,49 @@ class Service:
                 watch.lists = 0
             self._rebuilt_in_term, self._rebuilt_at = term, self.clock()
             self.offers.keep_back_the_blind(until=self.clock() + self.settings.blind_seconds)
+            await self.binder.stop_settling()
+            found = await self._take(self.journal, term)
             followers = [asyncio.create_task(watch.run()) for watch in self.watches]
+            adopting = asyncio.create_task(self._adopt(self.journal, found))
             try:
-                while self._leads(term) and not any(follower.done() for follower in followers):
+                while self._leads(term) and self.journal.taken and not any(each.done() for each in followers):
                     await asyncio.sleep(LOOK_SECONDS)
             finally:
-                for follower in followers:
+                for follower in (adopting, *followers):
                     follower.cancel()
                 ended = await asyncio.gather(*followers, return_exceptions=True)
             for error in ended:
                 if isinstance(error, Exception):
                     raise error
+
+    async def _take(self, journal: Journal, term: int) -> tuple[Intent, ...] | Unreadable:
+        """Take the journal before anything is listed: what a former holder has begun is then known, and all it may
+        still begin is in vain."""
+        assert self.lease is not None
+        while self._leads(term):
+            try:
+                found = await journal.take(first=self.lease.made and term == 1)
+                self._no_journal = ""
+                return found
+            except KubeError as error:
+                log.warning("the journal of binds cannot be taken: %s", error)
+                self._no_journal = f" ({error})"
+            await asyncio.sleep(TAKE_SECONDS)
+        return ()
+
+    async def _adopt(self, journal: Journal, found: tuple[Intent, ...] | Unreadable) -> None:
+        """When the pods have been listed: hold what may still be bound, or make sure that nothing can be."""
+        pods = self.watches[0]
+        while not pods.lists:
+            await asyncio.sleep(LOOK_SECONDS)
+        if isinstance(found, Unreadable):
+            log.warning("the journal of binds: %s; every pod that waits is fenced first", found.reason)
+            self.binder.fence(self.truth.unbound())
+            while self.binder.unfenced:
+                await asyncio.sleep(LOOK_SECONDS)
+        else:
+            self.binder.adopt(found)
+        journal.adopted()
 
     def _planner(self) -> Planner:
         return Planner(
@@ -269,6 +317,10 @@ class Service:
         elif self._current_term() != self._rebuilt_in_term:
             waits.append("the rebuild after the Lease came back")
         waits += [f"the first list of {watch.resource}" for watch in self.watches if not watch.lists]
+        if self.journal is not None and not self.journal.ready:
+            unfenced = self.binder.unfenced
+            which = f", and {unfenced} pods to be fenced" if unfenced else self._no_journal
+            waits.append(f"the journal of binds {self.settings.lease_name}{SUFFIX}{which}")
         return waits
 
     def warnings(self) -> list[str]:
@@ -429,6 +481,8 @@ class Service:
                 if self.settings.mig_modes:
                     self.modes.sweep()
                 self.binder.settle_orphans()
+                if self.journal is not None:
+                    self.journal.tidy()
                 self._forget_gone_nodes(now)
             await asyncio.sleep(CHORES_SECONDS)
 

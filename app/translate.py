@@ -38,6 +38,10 @@ ISOLATION = "tangram.gpu/isolation"
 WORKLOAD = "tangram.gpu/workload"
 PLACEMENT_ANNOTATION = "tangram.gpu/placement"
 WAKE_ANNOTATION = "tangram.gpu/wake"
+FENCE_ANNOTATION = "tangram.gpu/unbound-at"  # new each time, so that writing it changes the pod
+
+OUR_OWN = frozenset({PLACEMENT_ANNOTATION, FENCE_ANNOTATION})
+"""Annotations of pods that only we write: they ask for nothing."""
 
 PLACEMENT_VERSION = 1
 DEFAULT_SCHEDULER = "default-scheduler"
@@ -107,7 +111,7 @@ class Pod:
     annotations say. `containers` are those that ask, in the order in which a kubelet admits them. `finished`: its
     containers have ended, as its kubelet said; `refused` has the kubelet's words if it never let them begin, and
     `admitted` is whether it did. `gated`: somebody holds it back from being scheduled. `scheduler` is the one that it
-    chose.
+    chose. `fence` is when we last made sure that no Binding of it was under way.
     """
 
     ref: PodRef
@@ -125,6 +129,7 @@ class Pod:
     containers: tuple[Container, ...] = ()
     refused: str = ""
     admitted: bool = False
+    fence: str = ""
 
     @property
     def is_pending(self) -> bool:
@@ -168,6 +173,7 @@ def pod_of(pod: Json) -> Pod:
         containers=_who_ask(spec) if need.takes_devices else (),
         refused=_refused(status) if isinstance(status, Mapping) else "",
         admitted=isinstance(status, Mapping) and _admitted(status),
+        fence=str(annotations.get(FENCE_ANNOTATION, "")),
     )
 
 
@@ -301,7 +307,7 @@ def terms_of(annotations: Json, namespace: str) -> Terms | Malformed:
     """
     said: dict[str, Any] = {}
     for name, text in annotations.items():
-        if not name.startswith(OUR_PREFIX) or name == PLACEMENT_ANNOTATION:
+        if not name.startswith(OUR_PREFIX) or name in OUR_OWN:
             continue
         if name not in TERMS:
             return Malformed(f"annotation {name} is not one that this version of Tangram knows")

@@ -272,6 +272,20 @@ class Truth:
         if self.rebuilt or not devices:
             self.chores.settle[pod.ref.uid] = pod.ref
 
+    def was_declared(self, uid: str, node: str, devices: tuple[Device, ...]) -> None:
+        """A Binding of this pod may still arrive. Where the pod is not bound its devices are taken, whatever else was
+        thought of it."""
+        pod, hold = self.pods.get(uid), self._ledger.get(uid)
+        bound = pod is None or pod.node or pod.finished or (hold is not None and hold.phase is Phase.HELD)
+        same = hold is not None and hold.firm and (hold.node, set(hold.devices)) == (node, set(devices))
+        if pod is not None and not bound and not same:
+            self._ledger.restore(Hold(pod.ref, node, pod.need, devices, Phase.ASSUMED, self._clock()))
+
+    def unbound(self) -> list[PodRef]:
+        """Every pod that wants devices and is bound nowhere yet."""
+        waiting = [pod for pod in self.pods.values() if not pod.node and not pod.finished]
+        return [pod.ref for pod in waiting if pod.need.takes_devices]
+
     def _explained(self, pod: Pod) -> tuple[Device, ...] | None:
         """The devices of the pod's annotation if it is one that we could have written for this very pod."""
         wrong = ""

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 from app.errors import Conflict, Gone, NotFound, Refused, Unknown
-from app.kube import Event, Json, Listed, Reviewed
+from app.kube import NO_ANNOTATIONS, Event, Json, Listed, Reviewed
 
 Fault = Callable[[str], Awaitable[None] | None]
 
@@ -36,7 +36,7 @@ class FakeKube:
     """
 
     def __init__(self) -> None:
-        self.objects: dict[str, dict[str, Json]] = {"pods": {}, "nodes": {}, "leases": {}}
+        self.objects: dict[str, dict[str, Json]] = {"pods": {}, "nodes": {}, "leases": {}, "configmaps": {}}
         self.history: list[tuple[int, str, str, Json]] = []
         self.tokens: dict[str, Reviewed] = {}
         self.events: list[Json] = []
@@ -145,6 +145,8 @@ class FakeKube:
                 raise Refused(f"metadata.uid: {uid}: field is immutable")
             self._check(pod, "", resource_version)
             _annotate(pod, annotations)
+            if pod == self._existing("pods", f"{namespace}/{name}"):
+                return str(pod["metadata"]["resourceVersion"])  # nothing has changed, nobody hears of it
             return str(self._put("pods", f"{namespace}/{name}", pod, "MODIFIED")["metadata"]["resourceVersion"])
 
     async def annotate_node(self, name: str, annotations: Mapping[str, str | None]) -> None:
@@ -154,14 +156,25 @@ class FakeKube:
             self._put("nodes", name, node, "MODIFIED")
 
     async def bind(
-        self, namespace: str, name: str, node: str, *, uid: str, resource_version: str, timeout: float
+        self,
+        namespace: str,
+        name: str,
+        node: str,
+        *,
+        uid: str,
+        resource_version: str,
+        annotations: Mapping[str, str] = NO_ANNOTATIONS,
+        timeout: float,
     ) -> None:
         async with self._around("bind", timeout):
             pod = copy.deepcopy(self._existing("pods", f"{namespace}/{name}"))
             self._check(pod, uid, resource_version)
             if pod["spec"].get("nodeName"):
                 raise Conflict(f"pod {name} is already assigned to node {pod['spec']['nodeName']}")
+            if pod["metadata"].get("deletionTimestamp") or pod["spec"].get("schedulingGates"):
+                raise Conflict(f"pod {name} is being deleted, or has scheduling gates")
             pod["spec"]["nodeName"] = node
+            _annotate(pod, annotations)
             self._put("pods", f"{namespace}/{name}", pod, "MODIFIED")
 
     async def get_lease(self, namespace: str, name: str) -> Json:
@@ -179,6 +192,25 @@ class FakeKube:
         async with self._around("replace_lease"):
             self._check(self._existing("leases", f"{namespace}/{name}"), "", lease["metadata"]["resourceVersion"])
             return copy.deepcopy(self._put("leases", f"{namespace}/{name}", lease, "MODIFIED"))
+
+    async def get_config_map(self, namespace: str, name: str) -> Json:
+        async with self._around("get_config_map", 5):
+            return copy.deepcopy(self._existing("configmaps", f"{namespace}/{name}"))
+
+    async def create_config_map(self, namespace: str, config_map: Json) -> Json:
+        async with self._around("create_config_map", 5):
+            key = f"{namespace}/{config_map['metadata']['name']}"
+            if key in self.objects["configmaps"]:
+                raise Conflict("the ConfigMap exists")
+            return copy.deepcopy(self._put("configmaps", key, config_map, "ADDED"))
+
+    async def replace_config_map(self, namespace: str, name: str, config_map: Json, *, timeout: float) -> Json:
+        async with self._around("replace_config_map", timeout):
+            known = self._existing("configmaps", f"{namespace}/{name}")
+            self._check(known, "", config_map["metadata"]["resourceVersion"])
+            if config_map == known:
+                return copy.deepcopy(known)
+            return copy.deepcopy(self._put("configmaps", f"{namespace}/{name}", config_map, "MODIFIED"))
 
     async def review_token(self, token: str, *, audience: str) -> Reviewed:
         async with self._around("review_token", 5):
@@ -259,14 +291,15 @@ class _Around:
             self._kube.after[self._verb]()
 
 
-def _annotate(value: Json, annotations: Mapping[str, str | None]) -> None:
+def _annotate(value: Json, annotations: Mapping[str, str | None] | Mapping[str, str]) -> None:
     current = dict(value["metadata"].get("annotations") or {})
     for name, text in annotations.items():
         if text is None:
             current.pop(name, None)
         else:
             current[name] = text
-    value["metadata"]["annotations"] = current
+    if current or "annotations" in value["metadata"]:
+        value["metadata"]["annotations"] = current
 
 
 def pod_json(name: str, limits: Mapping[str, object] | None = None, **more: Any) -> Json:

@@ -45,6 +45,37 @@ async def a_patch_returns_the_version_that_a_binding_may_demand(kube: Kube, make
     assert pod["metadata"]["annotations"][NOTE] == "x"
 
 
+async def a_binding_brings_its_annotations(kube: Kube, make: Make) -> None:
+    """In the write that sets the node, beside those that the pod has; for the version that was demanded."""
+    uid = make.pod("annotated")
+    version = await kube.annotate_pod("default", "annotated", {"kept": "k", "changed": "before"}, uid=uid, timeout=5)
+    notes = {NOTE: "x", "changed": "after"}
+    await kube.bind("default", "annotated", make.node, uid=uid, resource_version=version, annotations=notes, timeout=5)
+
+    pod = await kube.get_pod("default", "annotated")
+    assert pod["spec"]["nodeName"] == make.node
+    assert pod["metadata"]["annotations"].items() >= {"kept": "k", **notes}.items()
+
+
+async def a_binding_that_conflicts_brings_nothing(kube: Kube, make: Make) -> None:
+    uid = make.pod("untouched")
+    before = (await kube.get_pod("default", "untouched"))["metadata"]["resourceVersion"]
+    await kube.annotate_pod("default", "untouched", {"other": "x"}, uid=uid, timeout=5)
+    for wrong in ({"uid": uid, "resource_version": before}, {"uid": "0-0", "resource_version": ""}):
+        with pytest.raises(Conflict):
+            await kube.bind("default", "untouched", make.node, **wrong, annotations={NOTE: "x"}, timeout=5)
+    assert NOTE not in (await kube.get_pod("default", "untouched"))["metadata"]["annotations"]
+
+
+async def a_patch_that_changes_nothing_keeps_the_version(kube: Kube, make: Make) -> None:
+    """So it makes no Binding conflict: a fence must really change the pod."""
+    uid = make.pod("same")
+    version = await kube.annotate_pod("default", "same", {"a": "x"}, uid=uid, timeout=5)
+    for nothing in ({"a": "x"}, {NOTE: None}):
+        assert await kube.annotate_pod("default", "same", nothing, uid=uid, timeout=5) == version
+    await kube.bind("default", "same", make.node, uid=uid, resource_version=version, timeout=5)
+
+
 async def a_binding_with_an_old_version_conflicts(kube: Kube, make: Make) -> None:
     uid = make.pod("late")
     version = await kube.annotate_pod("default", "late", {NOTE: "x"}, uid=uid, timeout=5)
@@ -87,6 +118,7 @@ async def what_is_not_there_is_not_found(kube: Kube, make: Make) -> None:
         kube.annotate_pod("default", "nobody", {NOTE: "x"}, uid="u", timeout=5),
         kube.bind("default", "nobody", make.node, uid="u", resource_version="", timeout=5),
         kube.get_lease("default", "nobody"),
+        kube.get_config_map("default", "nobody"),
     ):
         with pytest.raises(NotFound):
             await call
@@ -147,6 +179,26 @@ async def one_of_two_takes_a_lease(kube: Kube, make: Make) -> None:
     assert (await kube.get_lease("default", "contract"))["spec"]["holderIdentity"] == "b"
 
 
+async def one_of_two_replaces_a_config_map(kube: Kube, make: Make) -> None:
+    body: dict[str, Any] = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "contract", "namespace": "default"},
+        "data": {"binds": ""},
+    }
+    with pytest.raises(NotFound):
+        await kube.get_config_map("default", "contract")
+    made = await kube.create_config_map("default", body)
+    with pytest.raises(Conflict):
+        await kube.create_config_map("default", body)
+    first = await kube.replace_config_map("default", "contract", {**made, "data": {"binds": "first"}}, timeout=5)
+    with pytest.raises(Conflict):
+        await kube.replace_config_map("default", "contract", {**made, "data": {"binds": "second"}}, timeout=5)
+    found = await kube.get_config_map("default", "contract")
+    assert found["data"] == {"binds": "first"}
+    assert found["metadata"]["resourceVersion"] == first["metadata"]["resourceVersion"]
+
+
 async def a_pods_token_names_its_account_and_its_node(kube: Kube, make: Make) -> None:
     uid = make.pod("speaker")
     await kube.bind("default", "speaker", make.node, uid=uid, resource_version="", timeout=5)
@@ -176,6 +228,9 @@ async def an_event_of_a_pod_lives_in_the_pods_namespace(kube: Kube, make: Make) 
 
 CHECKS: tuple[Callable[[Kube, Make], Awaitable[None]], ...] = (
     a_patch_returns_the_version_that_a_binding_may_demand,
+    a_binding_brings_its_annotations,
+    a_binding_that_conflicts_brings_nothing,
+    a_patch_that_changes_nothing_keeps_the_version,
     a_binding_with_an_old_version_conflicts,
     a_second_binding_conflicts,
     another_uid_is_another_pod,
@@ -185,6 +240,7 @@ CHECKS: tuple[Callable[[Kube, Make], Awaitable[None]], ...] = (
     the_pods_of_one_node_can_be_listed,
     a_node_can_be_touched,
     one_of_two_takes_a_lease,
+    one_of_two_replaces_a_config_map,
     a_pods_token_names_its_account_and_its_node,
     a_token_that_is_bound_to_no_pod_names_no_node,
     what_is_no_token_for_us_is_not_authenticated,

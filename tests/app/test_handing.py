@@ -127,7 +127,7 @@ async def test_a_withdrawn_promise_is_taken_off_the_list(world, hands):
     def refused() -> None:
         raise Unknown("the API server is away")
 
-    world.kube.before["annotate_pod"] = refused
+    world.kube.before["bind"] = world.kube.before["annotate_pod"] = refused
     world.add_pod("p", {GPU: "1"})
     assert await world.bind("p", "a")
     assert "p" in await hands.placements()

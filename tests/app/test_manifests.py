@@ -12,6 +12,7 @@ from app.agent.agent import run_agent
 from app.agent.giving import Giving
 from app.certs import SECRET_NAME, service_dns_names
 from app.errors import BadInput
+from app.journal import SUFFIX
 from app.manifests import (
     EXTENDER_PORT,
     FORMS,
@@ -157,6 +158,18 @@ def test_deployment_is_alone_and_its_settings_are_not_overwritten_by_its_own_ser
     assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
     for name, kind in (("deployment", "Deployment"), ("agent", "DaemonSet")):
         assert documents(f"base/{name}.yaml")[kind]["spec"]["template"]["spec"]["enableServiceLinks"] is False
+
+
+def test_service_may_write_its_lease_and_its_journal_and_no_other() -> None:
+    (rules,) = [
+        each["rules"]
+        for each in yaml.safe_load_all((MANIFESTS / "base/rbac.yaml").read_text())
+        if each["kind"] == "Role"
+    ]
+    lease = Settings.model_fields["lease_name"].default
+
+    named = {rule["resources"][0]: rule["resourceNames"] for rule in rules if "update" in rule["verbs"]}
+    assert named == {"leases": [lease], "configmaps": [lease + SUFFIX]}
 
 
 def test_agent_calls_the_service_that_is_shipped() -> None:

@@ -1,10 +1,13 @@
 """A small world for tests of the shell: sample nodes that have reported, a fake API server, a clock that we move."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+import json
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from app.journal import SUFFIX
+from app.kube import Kube
 from app.main import build
 from app.service import Service
 from app.settings import Settings
@@ -20,17 +23,25 @@ GPU = "nvidia.com/gpu"
 class World:
     """A service on sample nodes. `nodes` maps names to sample kinds ("8xH100", "8xA100-mig", ...).
 
-    `on`: the API server of an earlier world, as after a restart.
+    `on`: the API server of an earlier world, as after a restart. `line`: how the service reaches it, if not directly.
     """
 
-    def __init__(self, nodes: dict[str, str], *, kube: bool = True, on: FakeKube | None = None, **knobs: Any) -> None:
+    def __init__(
+        self,
+        nodes: dict[str, str],
+        *,
+        kube: bool = True,
+        on: FakeKube | None = None,
+        line: Callable[[FakeKube], Kube] = lambda kube: kube,
+        **knobs: Any,
+    ) -> None:
         self.clock = Clock()
         self.kube = on or FakeKube()
         self.settings = Settings(
             standalone=not kube, plain=True, identity="us", **{"blind_seconds": 0, "planning": False, **knobs}
         )
         self.nodes = nodes
-        self.service: Service = build(self.settings, kube=self.kube if kube else None, clock=self.clock)
+        self.service: Service = build(self.settings, kube=line(self.kube) if kube else None, clock=self.clock)
         self.with_kube = kube
         for name in nodes:
             if name not in self.kube.objects["nodes"]:
@@ -55,6 +66,23 @@ class World:
             yield self
         finally:
             await self.service.stop()
+
+    async def crash(self) -> None:
+        """As after SIGKILL: nothing is ended, written or given back."""
+        service, binder = self.service, self.service.binder
+        binds = [task for _, task in binder._binds.values()]
+        for tasks in ([*service._tasks, *binds], binder._settling.values(), binder._checking.values()):
+            dying = list(tasks)
+            for task in dying:
+                task.cancel()
+            await asyncio.gather(*dying, return_exceptions=True)
+
+    def journal(self) -> dict[str, tuple[str, list[str]]]:
+        """What the journal on the API server names: node and devices by pod UID."""
+        settings = self.settings
+        written = self.kube.objects["configmaps"][f"{settings.namespace}/{settings.lease_name}{SUFFIX}"]
+        lines = [json.loads(line) for line in written["data"]["binds"].split("\n") if line]
+        return {said["uid"]: (said["node"], said["devices"]) for said in lines}
 
     async def until(self, true: Any, seconds: float = 60.0) -> None:
         """Wait for a condition that background tasks bring about."""
