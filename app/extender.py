@@ -24,6 +24,7 @@ from solver.prices import Prices
 
 RANK_STEP = 1000  # ×10 by kube-scheduler: one rank outweighs all in-tree scores together (about 1,400)
 LOOK_EVERY = 512  # nodes between two looks at the clock
+FEW = 4  # asked about fewer than this part of the nodes that fit, those are sorted anew
 REASONS_KEPT = 3
 DETAILED_NODES = 8  # with more nodes than this left out, kube-scheduler gets reasons without their details:
 # it joins all that differ into the pod's condition, which at 5,000 nodes would be a megabyte
@@ -89,7 +90,9 @@ class Extender:
         refused = self._refusals.on(pod.ask)
         most = self._settings.most_nodes
         if most and len(args.names) > most and not has_preferences(args.pod):
-            fitting = self._best(pod, pod.ask, prices, set(args.names).difference(refused), most)
+            asked = set(args.names)
+            asked.difference_update(refused)
+            fitting = self._best(pod, pod.ask, prices, asked, most)
             left: Left | None = {}
         else:
             fitting = [name for name in args.names if name in prices.by_name and name not in refused]
@@ -170,11 +173,14 @@ class Extender:
         if most == 1:
             _, best = next(iter(self._ranked(pod, demand, prices, asked)), (0, ()))
             return [min(best)] if best else []
-        planned = [name for name in self._schedule.nodes_for(demand) if name in asked and name in prices.by_name]
-        first = planned[:most]
-        taken = set(first)
-        cheapest = (name for _, names in prices.cheapest_first() for name in names if name in asked)
-        return first + list(islice((name for name in cheapest if name not in taken), most - len(first)))
+        planned = (name for name in self._schedule.nodes_for(demand) if name in asked and name in prices.by_name)
+        best = list(islice(planned, most))
+        asked.difference_update(best)
+        for _, names in prices.cheapest_first():
+            best.extend(islice(filter(asked.__contains__, names), most - len(best)))
+            if len(best) >= most:
+                break
+        return best
 
     def _ranked(
         self, pod: Pod, demand: Demand, prices: Prices, asked: set[str]
@@ -193,7 +199,9 @@ class Extender:
         special = planned | soft.keys()
         yield from _by_price({name: softly.get(name, by_name[name]) for name in planned if name not in promised})
         others = _by_price({name: price for name, price in softly.items() if name not in planned})
-        all_asked = len(asked) >= len(by_name) and by_name.keys() <= asked
+        if FEW * len(asked) < len(by_name):
+            prices = Prices({name: by_name[name] for name in sorted(asked & by_name.keys())})
+        all_asked = len(asked) >= len(prices.by_name) and prices.by_name.keys() <= asked
         yield from _merged(_among(prices, None if all_asked else asked, special), others)
         yield from _by_price(promised)
 
