@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo cluster test unit e2e soak properties lint format bench bench-quality bench-agent protos lock clean
+.PHONY: help setup demo cluster test unit e2e soak properties lint format bench bench-check bench-growth bench-quality bench-agent protos lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -52,9 +52,16 @@ soak: $(STAMP) ## the failure tests with their full counts
 properties: $(STAMP) ## the property tests with ever new seeds (MINUTES=60)
 	@$(BIN)/python -m tests.properties --minutes $(or $(MINUTES),60)
 
-bench: $(STAMP) ## pods per second through the real kube-scheduler, with and without the extender (out/bench/)
+bench: $(STAMP) ## speed: every target beside what was measured (out/bench/speed.json; half an hour; BENCH_OPTIONS=--quick)
 	@$(BIN)/python -m tests.e2e.toolchain
-	@$(BIN)/python -m tests.bench.throughput
+	@$(BIN)/python -m tests.bench $(BENCH_OPTIONS)
+
+bench-check: $(STAMP) ## fail where a ratio is 1.5 times worse than in docs/bench/ratios.json (BENCH_OPTIONS=--update writes it)
+	@$(BIN)/python -m tests.bench.check $(BENCH_OPTIONS)
+
+bench-growth: $(STAMP) ## how latency, memory and states grow, with plots in docs/bench (OPENB=folder of the openb trace)
+	@$(BIN)/python -m tests.bench.growth $(BENCH_OPTIONS)
+	@$(BIN)/python -m tests.bench.states $(if $(OPENB),--openb $(OPENB),) $(BENCH_OPTIONS)
 
 bench-quality: $(STAMP) ## quality of placement: all tables, JSON and plots (OPENB=folder of the openb trace; about an hour)
 	@$(BIN)/python -m app.replay.quality $(if $(OPENB),--openb $(OPENB),) $(BENCH_OPTIONS)
