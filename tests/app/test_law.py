@@ -6,11 +6,14 @@ The ledger's own law is in test_ledger.py; these go through the whole service.
 import asyncio
 import random
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast, get_args
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from app.errors import Conflict, NotFound, Refused, Unknown
+from app.kube import Kube
 from app.ledger import Phase
 from app.offers import legal
 from app.report import NodeReport
@@ -23,7 +26,9 @@ from solver.guests import Guest
 from solver.samples import sample_node
 from solver.steps import read
 from tests.app.law import beside_the_wrong, beyond_the_law
+from tests.app.line import Fate, Line, Post
 from tests.app.world import GPU, World
+from tests.fakes import FakeKube
 
 EIGHT = {GPU: "8"}
 
@@ -565,3 +570,124 @@ async def test_one_pod_cannot_hold_up_the_service():
                 break
         assert "longer than 1.0 s" in answers[0].error
         assert not answers[-1].error
+
+
+# -- a process that dies at any call, and one that does not know that it is not the holder any more -----------
+
+KINDS = {"l1": "4xL4", "v1": "8xV100"}
+
+
+def check_the_law(world: World) -> None:
+    """What pods that may run have been given keeps the law, and the ledger knows of it."""
+    given_away = on_the_api_server(world)
+    for at, kind in KINDS.items():
+        node = sample_node(at, kind)
+        assert beyond_the_law(node, given_away.get(at, [])) == []
+        assert beside_the_wrong(given_away.get(at, [])) == []
+        assert beyond_the_law(node, world.service.ledger.taken(at)) == []
+
+
+def ready(world: World) -> bool:
+    return not world.service.waiting_for()
+
+
+async def some_binds(world: World, chance: random.Random) -> None:
+    """A few pods at once: new ones, and some whose bind did not come to an end."""
+    for _ in range(2):
+        name = f"p{world.kube.version}"
+        world.add_pod(name, dict(chance.choice(ASKS[:5])), metadata={"annotations": chance.choice(NOTES)})
+    unbound = [
+        each["metadata"]["name"] for each in world.kube.objects["pods"].values() if not each["spec"].get("nodeName")
+    ]
+    chosen = chance.sample(unbound, min(4, len(unbound)))
+    where = [chance.choice(world.filter(name).fitting or ["l1"]) for name in chosen]
+    await asyncio.gather(*[world.bind(name, at) for name, at in zip(chosen, where, strict=True)])
+    for name, pod in list(world.kube.objects["pods"].items()):
+        if pod["spec"].get("nodeName") and chance.random() < 0.2:
+            world.kube.change_pod(name.removeprefix("default/"), lambda pod: pod["status"].update(phase="Succeeded"))
+
+
+async def serve_until_cut(world: World, cut: asyncio.Event, chance: random.Random) -> None:
+    """Start, and bind until the line is cut, or enough has been done; then the process is gone."""
+
+    async def serve() -> None:
+        await world.service.start()
+        await world.until(lambda: ready(world))
+        for name in KINDS:
+            world.report(name)
+        for _ in range(8):
+            await some_binds(world, chance)
+            check_the_law(world)
+
+    serving, dead = asyncio.create_task(serve()), asyncio.create_task(cut.wait())
+    await asyncio.wait((serving, dead), return_when=asyncio.FIRST_COMPLETED)
+    if serving.done():
+        serving.result()
+    for each in (serving, dead):
+        each.cancel()
+    await asyncio.gather(serving, dead, return_exceptions=True)
+    await world.crash()
+
+
+@given(
+    deaths=st.lists(
+        st.tuples(st.integers(1, 60), st.sampled_from(get_args(Fate)), st.integers(1, 80)), min_size=1, max_size=4
+    ),
+    seed=st.integers(0, 1 << 16),
+)
+@settings(max_examples=30, deadline=None)
+def test_a_process_may_die_at_any_call_and_its_calls_may_arrive_late(deaths, seed):
+    """Each process finds what the one before has left; a Binding on its way arrives whenever it likes."""
+
+    async def story() -> None:
+        chance, post, kube = random.Random(seed), Post(), None
+        for at, fate, after in deaths:
+            lines: list[Line] = []
+
+            def through(each: FakeKube, at: int = at, fate: Fate = fate, after: int = after) -> Kube:
+                lines.append(Line(each, post, at=at, fate=fate, after=after))  # noqa: B023  (called at once)
+                return cast(Kube, lines[0])  # noqa: B023
+
+            world = World(KINDS, on=kube, line=through, lease_seconds=1000)
+            kube = world.kube
+            await serve_until_cut(world, lines[0].cut, chance)
+        last = World(KINDS, on=kube, lease_seconds=1000)
+        async with last.running():
+            await some_binds(last, chance)
+            await post.deliver(all_of_it=True)
+            check_the_law(last)
+            await last.until(lambda: not last.service.ledger.assumed())
+            await some_binds(last, chance)
+            check_the_law(last)
+
+    asyncio.run(story())
+
+
+@given(
+    turns=st.lists(st.tuples(st.booleans(), st.integers(0, 12)), min_size=4, max_size=16), seed=st.integers(0, 1 << 16)
+)
+@settings(max_examples=20, deadline=None)
+def test_two_that_both_believe_to_be_the_holder_give_nothing_away_twice(turns, seed):
+    """The Lease guards order only: clocks may be wrong, and a process may sleep between its look and its call."""
+
+    async def story() -> None:
+        chance = random.Random(seed)
+        one = World(KINDS, lease_seconds=1000)
+        other = World(KINDS, on=one.kube, lease_seconds=1000)
+        async with one.running(), other.running():
+            for which, rest in turns:
+                world = one if which else other
+                if not ready(world):
+                    await world.until(lambda world=world: ready(world))
+                binds = asyncio.create_task(some_binds(world, chance))
+                for _ in range(rest):
+                    await asyncio.sleep(0)
+                for at, kind in KINDS.items():
+                    assert beyond_the_law(sample_node(at, kind), on_the_api_server(one).get(at, [])) == []
+                if chance.random() < 0.7:
+                    await binds
+            await asyncio.gather(*[task for world in (one, other) for _, task in world.service.binder._binds.values()])
+            for at, kind in KINDS.items():
+                assert beyond_the_law(sample_node(at, kind), on_the_api_server(one).get(at, [])) == []
+
+    asyncio.run(story())

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from app.certs import NAMESPACE
+from app.kube import connect
 from app.manifests import SERVICE_ACCOUNT
 from app.translate import PLACEMENT_ANNOTATION
 from tests.e2e.cluster import Cluster, open_cluster
@@ -261,6 +262,21 @@ def test_we_write_change_and_remove_under_our_own_token(cluster: Cluster) -> Non
     kubectl("annotate", "pod", name, "--overwrite", f"{PLACEMENT_ANNOTATION}={FORGED}")
     kubectl("annotate", "pod", name, f"{PLACEMENT_ANNOTATION}-")
     assert placement_of(cluster.pod(name)) is None
+
+
+async def test_we_bind_with_the_placement_in_the_binding_under_our_own_token(cluster: Cluster) -> None:
+    """Under the shipped RBAC; who else may bind may not say a placement with it (`binding`, above)."""
+    pod = new_pod(cluster)
+    name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
+    kube = await connect(Path(cluster.kubeconfig_for_service_account(SERVICE_ACCOUNT, namespace=NAMESPACE)))
+    try:
+        version = pod["metadata"]["resourceVersion"]
+        written = {PLACEMENT_ANNOTATION: WRITTEN}
+        await kube.bind("default", name, "node-a", uid=uid, resource_version=version, annotations=written, timeout=5)
+    finally:
+        await kube.close()
+    assert placement_of(cluster.pod(name)) == WRITTEN
+    assert cluster.pod(name)["spec"]["nodeName"] == "node-a"
 
 
 def test_others_go_on_with_a_placed_pod_as_long_as_they_leave_the_annotation(cluster: Cluster) -> None:

@@ -108,6 +108,7 @@ MAY = (
 MAY_IN_ITS_NAMESPACE = (
     "create leases.coordination.k8s.io", "get leases.coordination.k8s.io tangram",
     "update leases.coordination.k8s.io tangram",
+    "create configmaps", "get configmaps tangram-binds", "update configmaps tangram-binds",
 )  # fmt: skip
 MAY_NOT = (
     "create pods", "update pods", "delete pods", "deletecollection pods", "create pods/eviction", "create pods/exec",
