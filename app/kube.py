@@ -1,8 +1,8 @@
 """The calls that we make to the API server: a narrow port (`Kube`) and its implementation.
 
-The only file that imports a Kubernetes client. It uses `kubernetes.aio` for configuration, credentials, TLS
-and connections, and reads answers as plain JSON: building model objects for every pod of a large cluster
-costs seconds. Errors become ours (`app.errors`): a 4xx is a definite no, everything else is unknown.
+The only file that imports a Kubernetes client. It uses `kubernetes.aio` for configuration, credentials and TLS, and
+makes its calls itself, as plain JSON: model objects for every pod of a large cluster cost seconds, and on the client's
+own way a call costs a third more. Errors become ours (`app.errors`): a 4xx is a definite no, all else is unknown.
 """
 
 from collections.abc import AsyncIterator, Mapping
@@ -24,6 +24,10 @@ FIRST_PAGE = 100  # objects; how many come next follows from how large these wer
 MOST_ON_A_PAGE = 500
 PAGE_BYTES = 1 << 20  # reading it as JSON holds up everybody for some 7 ms
 NO_ANNOTATIONS: Mapping[str, str] = {}
+CONNECTIONS = 200  # one for each bind in flight
+LONGEST_LINE = 2**21  # a watch event may be larger than aiohttp's own limit
+HEADERS: Mapping[str, str] = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": "tangram"}
+PATCH_HEADERS: Mapping[str, str] = {**HEADERS, "Content-Type": "application/merge-patch+json"}
 TOKEN_NODE = "authentication.kubernetes.io/node-name"  # noqa: S105  (the name of a fact in a TokenReview)
 QUIET_SECONDS = 90.0  # API servers send bookmarks each minute; longer silence means a dead connection
 
@@ -153,9 +157,6 @@ class Kube(Protocol):
 async def connect(kubeconfig: Path | None) -> "ApiServer":
     """Read the kubeconfig file, or the pod's own service account. Raises BadInput in words."""
     configuration = Configuration()
-    configuration.connection_pool_maxsize = 200  # one connection for each bind in flight
-    # Else aiohttp looks for a netrc file in another thread at each call: a tenth of what a bind costs us.
-    configuration.client_session_kwargs = {"trust_env": False}
     try:
         if kubeconfig is not None:
             await load_kube_config(config_file=str(kubeconfig), client_configuration=configuration)
@@ -174,6 +175,14 @@ class ApiServer:
 
     def __init__(self, client: ApiClient) -> None:
         self._client = client
+        self._host = client.configuration.host
+        self._session = _session(client)
+        route = {
+            "server_hostname": client.configuration.tls_server_name,
+            "proxy": client.configuration.proxy,
+            "proxy_headers": client.configuration.proxy_headers,
+        }
+        self._route: dict[str, Any] = {name: value for name, value in route.items() if value}
 
     async def list(self, resource: str, *, fields: str = "") -> Listed:
         """Every object, page by page, as of one moment (the most recent)."""
@@ -312,6 +321,7 @@ class ApiServer:
 
     async def close(self) -> None:
         """Close every connection."""
+        await self._session.close()
         await self._client.close()
 
     async def _json(
@@ -335,8 +345,7 @@ class ApiServer:
         body: Json | None = None,
         timeout: float,
     ) -> bytes:
-        limit = aiohttp.ClientTimeout(total=timeout)
-        async with self._response(method, path, query=query, body=body, timeout=limit) as response:
+        async with self._response(method, path, query=query, body=body, timeout=_within(timeout)) as response:
             return await response.read()
 
     @asynccontextmanager
@@ -350,25 +359,38 @@ class ApiServer:
         timeout: aiohttp.ClientTimeout,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """One call; a 4xx raises `Refused`, all else that goes wrong raises `Unknown`."""
-        what = f"{method} {path}"
-        headers = {"Accept": "application/json"}
-        if method == "PATCH":
-            headers["Content-Type"] = "application/merge-patch+json"
-        # param_serialize also adds the credentials, renewed where they rotate
-        _, url, headers, sent, _ = await self._client.param_serialize(
-            method, path, header_params=headers, body=body, auth_settings=["BearerToken"]
-        )
-        if query:
-            url = f"{url}?{urlencode(query)}"
+        url = f"{self._host}{path}?{urlencode(query)}" if query else self._host + path
+        sent = None if body is None else orjson.dumps(body)
         try:
-            answer = await self._client.call_api(method, url, headers, sent, _request_timeout=timeout)
-            response: aiohttp.ClientResponse = answer.response
-            async with response:
+            async with self._session.request(
+                method, url, headers=await self._headers(method), data=sent, timeout=timeout, **self._route
+            ) as response:
                 if response.status >= 300:
-                    raise _error(response.status, what, await response.read())
+                    raise _error(response.status, f"{method} {path}", await response.read())
                 yield response
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise Unknown(f"{what}: {type(error).__name__} {error}".rstrip()) from error
+            raise Unknown(f"{method} {path}: {type(error).__name__} {error}".rstrip()) from error
+
+    async def _headers(self, method: str) -> Mapping[str, str]:
+        """With the credentials, renewed where they rotate."""
+        headers = PATCH_HEADERS if method == "PATCH" else HEADERS
+        for credential in (await self._client.configuration.auth_settings()).values():
+            headers = {**headers, credential["key"]: credential["value"]}
+        return headers
+
+
+def _session(client: ApiClient) -> aiohttp.ClientSession:
+    """Connections with the client's certificates."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=CONNECTIONS, ssl=client.rest_client.ssl_context),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        trust_env=False,  # else aiohttp looks for a netrc file in another thread at each call
+        read_bufsize=LONGEST_LINE,
+    )
+
+
+def _within(seconds: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=seconds)
 
 
 def _leases(namespace: str) -> str:
