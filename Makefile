@@ -69,8 +69,10 @@ bench-quality: $(STAMP) ## quality of placement: all tables, JSON and plots (OPE
 bench-agent: $(STAMP) ## what an agent costs at rest: CPU, memory, bytes, calls (out/bench/agent.json; SECONDS_AT_REST=60)
 	@$(BIN)/python -m tests.agent.cost --seconds $(or $(SECONDS_AT_REST),60)
 
-load: $(STAMP) ## drive a standalone service with locust for 30 s, as kube-scheduler would
-	@$(BIN)/python -m loadtests.run
+loadtest: $(STAMP) ## locust against a service on 5,000 sample nodes, beside an echo (out/loadtest/; LOAD_SECONDS, LOAD_NODES, LOAD_MIX, LOAD_OPTIONS)
+	@$(BIN)/python -m loadtests.run --seconds $(or $(LOAD_SECONDS),40) $(if $(LOAD_NODES),--nodes $(LOAD_NODES),) $(if $(LOAD_MIX),--mix $(LOAD_MIX),) $(LOAD_OPTIONS)
+
+load: loadtest
 
 lint: $(STAMP) ## ruff (format and check), mypy strict, import directions
 	@$(BIN)/ruff format --check .

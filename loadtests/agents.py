@@ -8,6 +8,7 @@ had been slow.
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ SPARE_CONNECTIONS = 10
 LATE = "late_ms"
 
 _unplayed: list[Agent] = []
+numbers = itertools.count()
 
 
 def muster(options: Options) -> None:
@@ -46,7 +48,7 @@ class Agents(FastHttpUser):
             self.concurrency = self.options.agents_per_user + SPARE_CONNECTIONS
             self.network_timeout = HOLD_SECONDS + ANSWER_SECONDS
         super().__init__(environment)
-        self.rng = random.Random(f"{self.options.seed} {id(self)}")
+        self.rng = random.Random(f"{self.options.seed} {next(numbers)}")
         self.alive = Group()
         self.mine: list[Agent] = []
 

@@ -8,28 +8,27 @@ prioritize are sent, marked as a dry run, and the first pod tells whether the se
 from __future__ import annotations
 
 import heapq
+import itertools
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
 from gevent.lock import Semaphore
 from locust import FastHttpUser, task
-from locust.contrib.fasthttp import FastHttpSession
 from locust.env import Environment
 
 from app.driver import PodSpec, args_body, binding_body, choose, pod_object
 from loadtests.arrivals import asks, pod_of
 from loadtests.baseline import DESK, Exchange
-from loadtests.options import connect, give_up, options_of, payload, session
+from loadtests.cluster import Cluster, NoCluster, learn
+from loadtests.options import Options, connect, context_of, give_up, options_of, payload, session
 from loadtests.summary import SET_UP
-from loadtests.tenants import WAITING
+from loadtests.tenants import WAITING, Tenant
 
 DRY_RUN = {"X-Tangram-Dry-Run": "true"}
 JSON = {"Content-Type": "application/json", "User-Agent": "Go-http-client/1.1"}
-PAGE = 100  # nodes at once: a page of all nodes of a large cluster would hold up its kube-scheduler
 IDLE_SECONDS = 0.5
 REFUSED = "refused"
 ARRIVAL = "arrival to node"
@@ -39,41 +38,18 @@ class Broken(Exception):
     """A call failed; it has been counted, and the pod is tried again later."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cluster:
-    """What `/v1/cluster` says: whether Kubernetes is behind it, and its nodes' names."""
-
-    live: bool
-    names: tuple[str, ...]
-
-
 _known: dict[str, Cluster] = {}
 _learning = Semaphore()
+numbers = itertools.count()
 
 
-def learn(environment: Environment, client: FastHttpSession) -> Cluster:
-    """Asked once by each process. What does not say that it is standalone is taken to be live."""
+def cluster_of(options: Options) -> Cluster:
+    """Asked once by each process. Raises NoCluster."""
     with _learning:
-        where = client.base_url or ""
-        if where not in _known:
-            _known[where] = _learn(environment, client)
-        return _known[where]
-
-
-def _learn(environment: Environment, client: FastHttpSession) -> Cluster:
-    names: list[str] = []
-    after: str | None = ""
-    live = True
-    while after is not None:
-        answer = client.get(f"/v1/cluster?limit={PAGE}&after={after}", name=SET_UP)
-        if answer.status_code != 200:
-            give_up(environment, f"{client.base_url} does not tell its nodes")
-        page = orjson.loads(answer.content)
-        names += [node["name"] for node in page["nodes"]]
-        live, after = page.get("mode") != "standalone", page["next"]
-    if not names:
-        give_up(environment, "the service has no nodes: start it with `tangram serve --nodes FILE`")
-    return Cluster(live, tuple(names))
+        if options.host not in _known:
+            context = context_of(options) if options.host.startswith("https:") else None
+            _known[options.host] = learn(options.host, context)
+        return _known[options.host]
 
 
 def sizes_of(text: str, nodes: int) -> list[int]:
@@ -89,14 +65,18 @@ class KubeScheduler(FastHttpUser):
         connect(self, self.options.extender_url, self.options)
         super().__init__(environment)
         self.public = session(self, self.options.host, self.options)
+        self.serves_tenants = Tenant in environment.user_classes
         self.bound: list[tuple[float, str]] = []
 
     def on_start(self) -> None:
         """Learn the nodes' names, as kube-scheduler knows them from its own cache."""
-        self.cluster = learn(self.environment, self.public)
+        try:
+            self.cluster = cluster_of(self.options)
+        except NoCluster as problem:
+            give_up(self.environment, str(problem))
         self.dry_run = self.cluster.live or self.options.dry_run
         self.headers = {**JSON, **DRY_RUN} if self.dry_run else JSON
-        self.rng = random.Random(f"{self.options.seed} {id(self)}")
+        self.rng = random.Random(f"{self.options.seed} {next(numbers)}")
         self.asks = asks(self.options.mix, self.options.trace, self.rng)
         self.sizes = sizes_of(self.options.sizes, len(self.cluster.names))
         self.turn = self.rng.randrange(1000)
@@ -114,7 +94,7 @@ class KubeScheduler(FastHttpUser):
     @task
     def schedule_one(self) -> None:
         """The next pod, of a Tenant or of its own."""
-        if WAITING.tenants:
+        if self.serves_tenants:
             self._schedule_a_tenants_pod()
         else:
             self._schedule_an_own_pod()

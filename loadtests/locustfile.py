@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gevent
 from locust import LoadTestShape, events
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
@@ -23,7 +24,8 @@ from app.errors import BadInput
 from loadtests.agents import LATE, Agents, muster
 from loadtests.arrivals import BadMix, asks_of_trace, mix_called
 from loadtests.baseline import Echo
-from loadtests.kube_scheduler import REFUSED, KubeScheduler
+from loadtests.cluster import NoCluster
+from loadtests.kube_scheduler import REFUSED, KubeScheduler, cluster_of
 from loadtests.options import add_options, options_of
 from loadtests.shapes import SHAPES
 from loadtests.summary import Recorder, console, table_of
@@ -72,11 +74,14 @@ def check_options(environment: Environment, **_: object) -> None:
             asks_of_trace(Path(options.trace))
         if Agents in environment.user_classes:
             muster(options)
+        if KubeScheduler in environment.user_classes and options.host:
+            cluster_of(options)  # now, and not on the test's own time
         if Echo in environment.user_classes and not options.echo:
             raise BadInput("Echo needs --echo URL (python -m loadtests.echo)")
-    except (BadInput, BadMix) as wrong:
+    except (BadInput, BadMix, NoCluster, OSError) as wrong:
         print(f"loadtests: {wrong}", file=sys.stderr)
         sys.exit(MISUSE)
+    gevent.get_hub().loop.update_now()  # else the time this took is taken off the test's
 
 
 @events.test_start.add_listener

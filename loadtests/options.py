@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn, cast
 
@@ -112,7 +111,7 @@ def connect(user: FastHttpUser, url: str, options: Options) -> None:
     user.network_timeout = user.connection_timeout = ANSWER_SECONDS
     if url.startswith("https:"):
         user.insecure = False
-        user.ssl_context_factory = _context_of(options)
+        user.ssl_context_factory = lambda **_: context_of(options)
 
 
 def session(user: FastHttpUser, url: str, options: Options) -> FastHttpSession:
@@ -122,7 +121,7 @@ def session(user: FastHttpUser, url: str, options: Options) -> FastHttpSession:
         request_event=user.environment.events.request,
         user=user,
         insecure=False,
-        ssl_context_factory=_context_of(options),
+        ssl_context_factory=lambda **_: context_of(options),
         network_timeout=ANSWER_SECONDS,
         connection_timeout=ANSWER_SECONDS,
     )
@@ -133,13 +132,11 @@ def payload(body: bytes) -> str:
     return cast("str", body)
 
 
-def _context_of(options: Options) -> Callable[..., ssl.SSLContext]:
-    def context(**_: object) -> ssl.SSLContext:
-        made = ssl.create_default_context(cafile=options.ca_file or None)
-        if options.cert_file:
-            made.load_cert_chain(options.cert_file, options.key_file or None)
-        return made
-
+def context_of(options: Options) -> ssl.SSLContext:
+    """For https addresses: whom we trust, and the certificate that we show."""
+    context = ssl.create_default_context(cafile=options.ca_file or None)
+    if options.cert_file:
+        context.load_cert_chain(options.cert_file, options.key_file or None)
     return context
 
 

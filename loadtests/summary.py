@@ -24,6 +24,7 @@ GROWTH = math.log(1.01)
 ECHO = "echo "
 """The name of a repeated call is that of the call, after this."""
 
+MOST_ERRORS = 20  # that are told
 WIDTH = 120  # of a table, in characters
 
 SET_UP = "(set up)"
@@ -141,7 +142,7 @@ class Recorder:
 
     def failures(self) -> list[str]:
         """Why the load test failed, in words; empty where it did not."""
-        words = [f"{count} × {error}" for error, count in self.errors.most_common(20)]
+        words = [f"{count} × {error}" for error, count in sorted(self.errors.items(), key=_frequent)[:MOST_ERRORS]]
         if not any(calls.sent for name, calls in self.calls.items() if name != SET_UP):
             words.append("nothing was sent")
         bind = self.calls.get("bind")
@@ -187,6 +188,10 @@ def _parts(name: str) -> tuple[str, int | None]:
     return (verb, int(size)) if verb and size.isdecimal() else (name, None)
 
 
+def _frequent(error: tuple[str, int]) -> tuple[int, str]:
+    return -error[1], error[0]
+
+
 def _order(name: str) -> tuple[bool, str, int]:
     verb, size = _parts(name)
     return name.startswith(ECHO), verb, size or 0
@@ -215,7 +220,7 @@ def console() -> Console:
 
 def table_of(title: str, rows: Iterable[Mapping[str, Any]]) -> Table:
     """For a terminal, in milliseconds."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("call", no_wrap=True)
     for each in TITLES:
         table.add_column(each, justify="right", no_wrap=True)

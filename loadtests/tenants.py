@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from dataclasses import dataclass, field
@@ -20,7 +21,6 @@ from loadtests.options import connect, options_of
 class Waiting:
     """Pods without a node, in kube-scheduler's own queue: refused ones sleep until a pod has gone."""
 
-    tenants: int = 0
     _queue: Queue = field(default_factory=Queue)
     _pods: dict[str, tuple[PodSpec, float, float]] = field(default_factory=dict)
     _came: Event = field(default_factory=Event)
@@ -62,6 +62,7 @@ class Waiting:
 
 
 WAITING = Waiting()
+numbers = itertools.count()
 
 
 class Tenant(FastHttpUser):
@@ -73,7 +74,7 @@ class Tenant(FastHttpUser):
         options = options_of(environment)
         connect(self, options.host, options)
         super().__init__(environment)
-        rng = random.Random(f"{options.seed} {id(self)}")
+        rng = random.Random(f"{options.seed} {next(numbers)}")
         self.coming = poisson(
             asks(options.mix, options.trace, rng),
             rng,
@@ -84,11 +85,6 @@ class Tenant(FastHttpUser):
     def on_start(self) -> None:
         """From now on."""
         self.due = time.monotonic()
-        WAITING.tenants += 1
-
-    def on_stop(self) -> None:
-        """No more pods of this one."""
-        WAITING.tenants -= 1
 
     @task
     def submit(self) -> None:
