@@ -10,24 +10,26 @@ import orjson
 from fastapi import FastAPI
 from pydantic import TypeAdapter, ValidationError
 
+from app.asgi import App, beside
 from app.errors import BadInput
 from app.kube import Kube
 from app.report import NodeReport
-from app.routes import agent_routes, public_routes
+from app.routes import AGENT_PATHS, REPORTS, agent_routes, public_routes, report_path
 from app.service import Service
 from app.settings import Settings
 from app.trust import Trust
-from app.verbs import App, Verbs
+from app.verbs import Verbs
 
 
 def create_app(settings: Settings, *, kube: Kube | None = None, clock: Callable[[], float] = time.monotonic) -> App:
     """The service as one app with every route: for tests and for standalone use."""
     service = build(settings, kube=kube, clock=clock)
     trust, closing = trust_of(service), asyncio.Event()
-    app = public_app(service, trust, closing=closing)
+    public = public_app(service, trust, closing=closing)
     if not settings.agents_are_public:
-        app.include_router(agent_routes(service, trust, closing=closing))
-    return Verbs(service).beside(app)
+        agents = agent_app(service, trust, closing=closing)
+        public = beside(dict.fromkeys(AGENT_PATHS, agents), public)
+    return beside(Verbs(service).paths, public)
 
 
 def build(settings: Settings, *, kube: Kube | None, clock: Callable[[], float] = time.monotonic) -> Service:
@@ -52,7 +54,7 @@ def trust_of(service: Service) -> Trust:
     )
 
 
-def public_app(service: Service, trust: Trust, *, closing: asyncio.Event) -> FastAPI:
+def public_app(service: Service, trust: Trust, *, closing: asyncio.Event) -> App:
     """Health, read API and page, and agents where the settings say so. Its lifespan is the service's."""
 
     @asynccontextmanager
@@ -63,16 +65,17 @@ def public_app(service: Service, trust: Trust, *, closing: asyncio.Event) -> Fas
 
     app = FastAPI(title="Tangram", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.include_router(public_routes(service, trust))
-    if service.settings.agents_are_public:
-        app.include_router(agent_routes(service, trust, closing=closing))
-    return app
+    if not service.settings.agents_are_public:
+        return app
+    app.include_router(agent_routes(service, trust, closing=closing))
+    return beside({REPORTS: report_path(service, trust)}, app)
 
 
-def agent_app(service: Service, trust: Trust, *, closing: asyncio.Event) -> FastAPI:
+def agent_app(service: Service, trust: Trust, *, closing: asyncio.Event) -> App:
     """Reports and orders alone, for the listener that agents reach. `closing` ends the requests that are held."""
     app = FastAPI(title="Tangram agents", openapi_url=None, docs_url=None, redoc_url=None)
     app.include_router(agent_routes(service, trust, closing=closing))
-    return app
+    return beside({REPORTS: report_path(service, trust)}, app)
 
 
 def read_inventory(path: Path) -> Iterable[NodeReport]:

@@ -15,6 +15,7 @@ from prometheus_client import Counter
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
+from app.asgi import App, Message, Receive, Send, answer, refuse
 from app.errors import BadInput, KubeError
 from app.handing import Unanswered
 from app.report import Exchange, ExchangeReply, Listening, NodeReport, OrdersReply, ReportReply, Unchanged
@@ -42,22 +43,12 @@ PAGE_HEADERS = {
 
 
 def agent_routes(service: Service, trust: Trust, *, closing: asyncio.Event) -> APIRouter:
-    """What agents call. Their held requests end when the caller leaves or `closing` is set.
+    """What agents call but for their reports. Their held requests end when the caller leaves or `closing` is set.
 
     An exchange is carried out to its end whether its caller still waits or not: it will ask again.
     """
     router = APIRouter()
-    reports, listens = service.metrics.reports, service.metrics.listens
-    limit = service.settings.report_limit_bytes
-
-    @router.post("/v1/reports")
-    async def take_report(request: Request) -> ReportReply:
-        report = await _said(request, read_report, limit=limit, trust=trust, counter=reports)
-        if isinstance(report, Unchanged):
-            reports.labels("unchanged").inc()
-            return ReportReply(resend=not service.beat(report), service=service.id)
-        reports.labels("full").inc()
-        return ReportReply(resend=not service.report(report), service=service.id)
+    listens = service.metrics.listens
 
     @router.post("/v1/orders", response_model=OrdersReply)
     async def hand_out_orders(request: Request) -> Response:
@@ -80,6 +71,34 @@ def agent_routes(service: Service, trust: Trust, *, closing: asyncio.Event) -> A
         return reply
 
     return router
+
+
+REPORTS = "/v1/reports"
+AGENT_PATHS = (REPORTS, "/v1/orders", "/v1/exchange")
+
+
+def report_path(service: Service, trust: Trust) -> App:
+    """POST /v1/reports, as bare ASGI: 5,000 agents make 500 requests a second, nearly all of a few bytes."""
+    reports, limit = service.metrics.reports, service.settings.report_limit_bytes
+
+    async def take_report(scope: Message, receive: Receive, send: Send) -> None:
+        if scope["method"] != "POST":
+            await refuse(send, 405, "Method Not Allowed", {"Allow": "POST"})
+            return
+        try:
+            report = await _said(Request(scope, receive), read_report, limit=limit, trust=trust, counter=reports)
+        except HTTPException as error:
+            await refuse(send, error.status_code, str(error.detail), error.headers)
+            return
+        if isinstance(report, Unchanged):
+            reports.labels("unchanged").inc()
+            known = service.beat(report)
+        else:
+            reports.labels("full").inc()
+            known = service.report(report)
+        await answer(send, ReportReply(resend=not known, service=service.id).model_dump_json().encode())
+
+    return take_report
 
 
 def public_routes(service: Service, trust: Trust) -> APIRouter:

@@ -19,12 +19,13 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
+from app.asgi import App, beside
 from app.errors import BadInput
 from app.kube import connect
 from app.main import agent_app, build, public_app, trust_of
 from app.service import Service
 from app.settings import Settings
-from app.verbs import App, Verbs
+from app.verbs import Verbs
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def _listeners(service: Service, closing: asyncio.Event) -> list[_Listener]:
         log.warning("%s", warning)
     public = public_app(service, trust, closing=closing)
     if settings.one_listener:
-        return [_Listener(_config(Verbs(service).beside(public), settings.host, settings.port))]
+        return [_Listener(_config(beside(Verbs(service).paths, public), settings.host, settings.port))]
     extender = _config(Verbs(service), settings.extender_host, settings.extender_port)
     extender.lifespan = "off"
     _secure(extender, settings, client_ca=settings.client_ca)

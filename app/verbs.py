@@ -8,25 +8,19 @@ cannot read gets words in a 200, since kube-scheduler reads no other body.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from app import wire
+from app.asgi import App, Message, Receive, Send, answer, refuse
 from app.errors import BadInput
 from app.service import Service
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
-
 TRIAL_HEADER = b"x-tangram-dry-run"
 """With `true` filter and prioritize leave no trace: load testers ask a live service so."""
-
-HEADERS = (b"content-type", b"application/json")
 
 
 class Verbs:
@@ -42,22 +36,18 @@ class Verbs:
             "/preempt": self._preempt,
         }
 
-    def beside(self, other: App) -> App:
-        """One application of both: these paths are answered here, everything else there."""
-
-        async def both(scope: Message, receive: Receive, send: Send) -> None:
-            mine = scope["type"] == "http" and scope["path"] in self._verbs
-            await (self if mine else other)(scope, receive, send)
-
-        return both
+    @property
+    def paths(self) -> Mapping[str, App]:
+        """What it answers."""
+        return dict.fromkeys(self._verbs, self)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """One request."""
         verb = self._verbs.get(scope["path"])
         if verb is None:
-            await _answer(send, b'{"detail":"Not Found"}', status=404)
+            await refuse(send, 404, "Not Found")
         elif scope["method"] != "POST":
-            await _answer(send, b'{"detail":"Method Not Allowed"}', status=405)
+            await refuse(send, 405, "Method Not Allowed", {"Allow": "POST"})
         else:
             with self._metrics.timed(scope["path"][1:]):
                 body: bytes | BadInput
@@ -65,8 +55,8 @@ class Verbs:
                     body = await _body(receive, self._limit)
                 except BadInput as error:
                     body = error
-                answer = await verb(body, scope)
-            await _answer(send, answer)
+                content = await verb(body, scope)
+            await answer(send, content)
 
     async def _filter(self, body: bytes | BadInput, scope: Message) -> bytes:
         args: wire.Args | None = None
@@ -133,12 +123,6 @@ async def _body(receive: Receive, limit: int) -> bytes:
         chunks.append(chunk)
         if not message.get("more_body"):
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-
-async def _answer(send: Send, content: bytes, *, status: int = 200) -> None:
-    length = (b"content-length", str(len(content)).encode())
-    await send({"type": "http.response.start", "status": status, "headers": [HEADERS, length]})
-    await send({"type": "http.response.body", "body": content})
 
 
 def _readable(body: bytes | BadInput) -> bytes:
