@@ -96,6 +96,10 @@ class Ledger:
         """What this pod holds, if anything."""
         return self._holds.get(uid)
 
+    def nodes(self) -> Iterable[str]:
+        """Where anything is held or promised."""
+        return self._by_node.keys()
+
     def on(self, node: str) -> tuple[Hold, ...]:
         """Every hold on a node, oldest first."""
         return tuple(self._by_node.get(node, {}).values())

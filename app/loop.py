@@ -14,6 +14,8 @@ import traceback
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
 from typing import TypeVar
 
 log = logging.getLogger(__name__)
@@ -21,10 +23,9 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 0.005
 TURN_SECONDS = 0.003  # a turn of long work; kube-scheduler's calls wait so long at most, and they take about as long
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-FRAMES = 12  # of the stack that is logged, the innermost
+FRAMES = 10  # of the stack that is logged, the innermost
 USUAL_THRESHOLDS = gc.get_threshold()
 RARELY = 1_000_000  # young collections between two full ones: never by itself
-PROMOTED_BEFORE_TIDYING = 5  # middle collections; each has left some 7,000 objects at most
 
 T = TypeVar("T")
 
@@ -91,7 +92,7 @@ class LoopWatch:
     `wall` is how long others waited, `own` what of that this thread was really at work: the rest the machine has
     given to other processes. A look costs about four microseconds, so 0.1 % of a core (measured, decision 0012).
 
-    With `tell_seconds` a thread of its own looks on and logs the stack of what has blocked the loop for that long.
+    With `tell_seconds` a thread of its own looks on and logs where the loop is when it has worked for so long.
     Inside C code that keeps Python's lock it sees only the line that follows.
     """
 
@@ -132,16 +133,22 @@ class LoopWatch:
         self._plan()
 
     def _look_on(self, loop_thread: int) -> None:
-        told = 0.0
+        clock = time.pthread_getcpuclockid(loop_thread)
         while not self._stopped.wait(TICK_SECONDS):
-            due = self._due
-            if due != told and time.perf_counter() - due > self._tell_seconds:
-                frame = sys._current_frames().get(loop_thread)
-                stack = "".join(traceback.format_stack(frame)[-FRAMES:]) if frame is not None else ""
-                while self._due == due and not self._stopped.wait(0.001):
-                    pass  # until it is over, to say how long it was
-                told = due
-                log.warning("the event loop was blocked for %.0f ms by\n%s", 1000 * (time.perf_counter() - due), stack)
+            due, used = self._due, self._used
+            if time.clock_gettime(clock) - used <= self._tell_seconds:
+                continue
+            at = _innermost(sys._current_frames().get(loop_thread))
+            while self._due == due and not self._stopped.wait(0.001):
+                pass  # until it is over, to say how long it was
+            wall, own = time.perf_counter() - due, time.clock_gettime(clock) - used
+            log.warning("the event loop was blocked for %.0f ms, of work %.0f ms, in %s", 1000 * wall, 1000 * own, at)
+
+
+def _innermost(frame: FrameType | None) -> str:
+    """Where a thread is, in one line."""
+    frames = traceback.extract_stack(frame)[-FRAMES:] if frame is not None else []
+    return " ← ".join(f"{Path(each.filename).name}:{each.lineno} {each.name}" for each in reversed(frames))
 
 
 # -- garbage --------------------------------------------------------------------------------------------------
@@ -150,14 +157,16 @@ class LoopWatch:
 class Tidying:
     """Collects Python's garbage in pieces that are too small to be noticed.
 
-    A full collection looks at every object: 0.2 to 0.4 s with 5,000 nodes. So none comes by itself. What has once
-    outlived a full collection is set aside (`gc.freeze`), where none looks at it again; it still goes as soon as
-    nothing refers to it. Only garbage that refers to itself stays, and only if it has become so after it was set
-    aside: `everything` finds that too, and is for moments when nobody waits.
+    A full collection looks at every object: 0.2 to 0.4 s with 5,000 nodes. So none comes by itself. What has outlived
+    a collection of young objects is set aside (`gc.freeze`), where none looks at it again; it still goes as soon as
+    nothing refers to it. Only what refers to itself when it becomes garbage would stay, and nothing here does: no
+    request leaves such garbage (a test promises that), and `python_gc_objects_collected` would show it.
     """
 
     def begin(self) -> None:
-        """From now on `tidy` decides about full collections."""
+        """What modules have made is set aside, and from now on `tidy` decides."""
+        gc.collect()
+        gc.freeze()
         gc.set_threshold(*USUAL_THRESHOLDS[:2], RARELY)
 
     def end(self) -> None:
@@ -166,13 +175,7 @@ class Tidying:
         gc.unfreeze()
 
     def tidy(self) -> None:
-        """Now and then: look at what is new, if that is enough, and set it aside."""
-        if gc.get_count()[2] >= PROMOTED_BEFORE_TIDYING:
-            gc.collect()
+        """Now and then: once enough is new, look at the young and set all aside."""
+        if gc.get_count()[2]:
+            gc.collect(1)
             gc.freeze()
-
-    def everything(self) -> None:
-        """Look at all there is, and set it aside: hundreds of milliseconds in a large cluster."""
-        gc.unfreeze()
-        gc.collect()
-        gc.freeze()

@@ -132,17 +132,17 @@ def public_routes(service: Service, trust: Trust) -> APIRouter:
             "waiting_for": waiting_for,
             "warnings": warnings(),
         }
-        return _json(orjson.dumps({**about, **service.views.cluster(limit=limit, after=after)}))
+        return _json(orjson.dumps({**about, **await service.views.cluster(limit=limit, after=after)}))
 
     @router.get("/v1/nodes/{name}")
     async def node(name: str) -> Response:
-        if name not in service.views.names():
+        if not service.views.knows(name):
             raise HTTPException(404, f"no agent has reported a node {name}, and nothing is held there")
         return _json(orjson.dumps(service.views.node(name)))
 
     @router.get("/v1/pods")
     async def pods(phase: str = "") -> Response:
-        return _json(orjson.dumps({"pods": service.views.pods(phase=phase)}))
+        return _json(orjson.dumps({"pods": await service.views.pods(phase=phase)}))
 
     @router.get("/v1/pods/{uid}")
     async def pod(uid: str) -> Response:

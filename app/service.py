@@ -114,6 +114,7 @@ class Service:
         self.modes = Modes(self.ledger, self.inventory, self.offers, self.orders, self.truth, clock=clock)
         self.views = Views(self.ledger, self.inventory, self.offers, self.orders, self.handing, self.truth, clock=clock)
         self.loop = LoopWatch(tell_seconds=settings.tell_blocked_seconds)
+        self.tidying = Tidying()
         self.metrics = Metrics(self._gauges, self.loop)
         self.schedule = Schedule()
         self.planner = self._planner() if settings.planning else None
@@ -181,6 +182,7 @@ class Service:
 
     async def start(self) -> None:
         """Start every background task; readiness follows by itself."""
+        self.tidying.begin()
         self.loop.start()
         loops = [self._do_chores(), self._tidy()]
         if self.kube is not None and self.lease is not None and self.journal is not None:
@@ -200,6 +202,7 @@ class Service:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.loop.stop()
+        self.tidying.end()
         if self.journal is not None:
             await self.journal.close()
         if self.lease is not None:
@@ -495,14 +498,9 @@ class Service:
             await turns.over()
 
     async def _tidy(self) -> None:
-        tidying = Tidying()
-        tidying.begin()
-        try:
-            while True:
-                await asyncio.sleep(TIDY_SECONDS)
-                tidying.tidy()
-        finally:
-            tidying.end()
+        while True:
+            await asyncio.sleep(TIDY_SECONDS)
+            self.tidying.tidy()
 
     def _forget_gone_nodes(self, now: float) -> None:
         """Nodes that the API server does not have, and whose agents have been silent for long, are no more."""
@@ -590,7 +588,7 @@ class Service:
     def _gauges(self) -> Iterable[tuple[str, str, dict[str, float]]]:
         phases: dict[str, float] = dict(self.views.phases())
         yield "tangram_pods", "Pods by phase", phases
-        offered = sum(not self.offers.fault(name) for name in self.inventory)
+        offered = len(self.inventory) - sum(1 for name in self.inventory if self.offers.fault(name))
         nodes = {"offered": float(offered), "kept_back": float(len(self.inventory) - offered)}
         yield "tangram_nodes", "Nodes with a report", nodes
         yield (

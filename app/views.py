@@ -1,12 +1,20 @@
-"""What the page, the CLI and `/v1/` show: the ledger and the inventory as JSON (`docs/api.md`). Reads only."""
+"""What the page, the CLI and `/v1/` show: the ledger and the inventory as JSON (`docs/api.md`). Reads only.
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+What is shown of one node or pod is of one moment. What is shown of all of them is made in turns, with others' work
+between them, and each is put into JSON at once, since that too would take long for all together.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from heapq import merge
+from itertools import groupby
 from typing import Any
+
+import orjson
 
 from app.handing import Handing
 from app.inventory import Entry, Inventory
 from app.ledger import Hold, Ledger, Phase
+from app.loop import Turns, in_turns
 from app.offers import Offers
 from app.orders import Orders
 from app.planner import Planner
@@ -20,11 +28,13 @@ from solver.market import Table
 Json = dict[str, Any]
 NODES_SHOWN = 100  # of one demand in the plan
 
+SORTED_AT_ONCE = 1000  # pods: about a millisecond
+
 MOST_BITS = 14_000  # Python prints no number of more than 4,300 digits
 
 
 class Views:
-    """The read side. Each method is one snapshot; nothing awaits."""
+    """The read side."""
 
     def __init__(
         self,
@@ -47,57 +57,53 @@ class Views:
 
     def names(self) -> list[str]:
         """Every node that has reported or that holds something."""
-        return sorted({*self._inventory, *(hold.node for hold in self._ledger)})
+        return sorted({*self._inventory, *self._ledger.nodes()})
 
-    def cluster(self, *, limit: int, after: str) -> Json:
+    def knows(self, name: str) -> bool:
+        """Whether it is one of them."""
+        return self._inventory.get(name) is not None or bool(self._ledger.on(name))
+
+    async def cluster(self, *, limit: int, after: str) -> Json:
         """Totals, and one page of nodes."""
         names = [name for name in self.names() if name > after]
         page = names[:limit]
         return {
-            "totals": self.totals(),
+            "totals": await self.totals(),
             "next": page[-1] if len(names) > limit else None,
-            "nodes": [self.node(name) for name in page],
+            "nodes": [orjson.Fragment(orjson.dumps(self.node(name))) async for name in in_turns(page)],
         }
 
-    def totals(self) -> dict[str, int]:
+    async def totals(self) -> dict[str, int]:
         """Whole-cluster counts; MIG units are memory slices of the boards' own grids, shares are in milli of a GPU."""
-        gpus = held_gpus = mig_gpus = units = held_units = held_slices = offered = shares = held_milli = 0
-        shared_gpus = 0
-        for name in self._inventory:
-            entry = self._inventory.get(name)
-            assert entry is not None
-            offered += not self._offers.fault(name)
-            taken = [device for hold in self._ledger.firmly(name) for device in hold.devices]
-            whole = {device.gpu for device in taken if device.whole}
-            shared_gpus += len({device.gpu for device in taken if device.milli})
-            sizes = _sizes(entry)
-            for gpu in entry.node.gpus:
-                gpus += 1
-                if gpu.geometry is None:
-                    held_gpus += gpu.uuid in whole
-                else:
-                    mig_gpus += 1
-                    units += gpu.geometry.width
-            given = [device.milli for device in taken if device.milli]
-            shares, held_milli = shares + len(given), held_milli + sum(given)
-            for device in dict.fromkeys(taken):
-                if device.slice is not None:
-                    held_slices += 1
-                    held_units += sizes.get((device.gpu, device.slice.profile), 0)
-        phases = self.phases()
+        totals = dict.fromkeys(COUNTED, 0)
+        async for name in in_turns(list(self._inventory)):
+            for what, count in self._counts(name).items():
+                totals[what] += count
+        return {**totals, **{f"pods_{phase}": count for phase, count in self.phases().items()}}
+
+    def _counts(self, name: str) -> dict[str, int]:
+        """What one node adds to the totals; nothing where it has just gone."""
+        entry = self._inventory.get(name)
+        if entry is None:
+            return {}
+        taken = [device for hold in self._ledger.firmly(name) for device in hold.devices]
+        whole = {device.gpu for device in taken if device.whole}
+        given = [device.milli for device in taken if device.milli]
+        slices = {device for device in taken if device.slice is not None}
+        sizes = _sizes(entry) if slices else {}
+        widths = [gpu.geometry.width for gpu in entry.node.gpus if gpu.geometry is not None]
         return {
-            "nodes": len(self._inventory),
-            "nodes_offered": offered,
-            "gpus": gpus,
-            "gpus_held": held_gpus,
-            "gpus_shared": shared_gpus,
-            "shares_held": shares,
-            "milli_held": held_milli,
-            "mig_gpus": mig_gpus,
-            "mig_units": units,
-            "mig_units_held": held_units,
-            "slices_held": held_slices,
-            **{f"pods_{phase}": count for phase, count in phases.items()},
+            "nodes": 1,
+            "nodes_offered": int(not self._offers.fault(name)),
+            "gpus": len(entry.node.gpus),
+            "gpus_held": sum(gpu.uuid in whole for gpu in entry.node.gpus if gpu.geometry is None),
+            "gpus_shared": len({device.gpu for device in taken if device.milli}),
+            "shares_held": len(given),
+            "milli_held": sum(given),
+            "mig_gpus": len(widths),
+            "mig_units": sum(widths),
+            "mig_units_held": sum(sizes.get((each.gpu, each.slice.profile), 0) for each in slices if each.slice),
+            "slices_held": len(slices),
         }
 
     def plan(self, schedule: Schedule, planner: Planner | None) -> Json:
@@ -133,9 +139,9 @@ class Views:
 
     def phases(self) -> dict[str, int]:
         """How many pods stand in which phase, the waiting ones included."""
-        counted = Counter(hold.phase for hold in self._ledger)
+        counted = self._ledger.counts()
         waiting = sum(1 for uid in self._truth.waiting if self._ledger.get(uid) is None)
-        return {"waiting": waiting, **{phase.value: counted[phase] for phase in Phase}}
+        return {WAITING: waiting, **{phase.value: counted[phase] for phase in Phase}}
 
     def node(self, name: str) -> Json:
         """One node with its GPUs and slices."""
@@ -183,22 +189,44 @@ class Views:
             "overlaps": self._handing.overlaps(name),
         }
 
-    def pods(self, *, phase: str = "") -> list[Json]:
-        """Every pod that holds, is promised, or waits."""
-        rows = [self._held(hold) for hold in self._ledger]
-        held = {row["uid"] for row in rows}
-        rows += [self._waiting(uid, each) for uid, each in self._truth.waiting.items() if uid not in held]
-        rows.sort(key=lambda row: (row["namespace"], row["name"], row["uid"]))
-        return [row for row in rows if not phase or row["phase"] == phase]
+    async def pods(self, *, phase: str = "") -> list[orjson.Fragment]:
+        """Every pod that holds, is promised, or waits; by namespace and name."""
+        found: list[orjson.Fragment] = []
+        async for uid in in_turns(await self._in_order(phase)):
+            row = self.pod_in_brief(uid)
+            if row is not None and phase in ("", row["phase"]):
+                found.append(orjson.Fragment(orjson.dumps(row)))
+        return found
+
+    async def _in_order(self, phase: str) -> Iterator[str]:
+        """The UIDs of the pods that may be in that phase, by namespace and name."""
+        turns = Turns()
+        refs = [hold.pod for hold in self._ledger if phase in ("", hold.phase.value)]
+        refs += [each.pod.ref for each in self._truth.waiting.values() if phase in ("", WAITING)]
+        await turns.over()
+        runs: list[list[tuple[str, str, str]]] = []
+        for first in range(0, len(refs), SORTED_AT_ONCE):
+            run = refs[first : first + SORTED_AT_ONCE]
+            runs.append(sorted((ref.namespace, ref.name, ref.uid) for ref in run))
+            await turns.over()
+        return _uids(merge(*runs))
+
+    def pod_in_brief(self, uid: str) -> Json | None:
+        """One pod as it is now; None where nothing is known of it."""
+        hold = self._ledger.get(uid)
+        if hold is not None:
+            return self._held(hold)
+        waiting = self._truth.waiting.get(uid)
+        return None if waiting is None else self._waiting(uid, waiting)
 
     def pod(self, uid: str) -> Json | None:
         """One pod, with the price of its placement by goal."""
+        brief = self.pod_in_brief(uid)
         hold = self._ledger.get(uid)
-        if hold is not None:
-            words = [self._in_words(hold.node, device) for device in hold.devices]
-            return {**self._held(hold), "devices_in_words": words, "prices": dict(hold.prices)}
-        waiting = self._truth.waiting.get(uid)
-        return None if waiting is None else {**self._waiting(uid, waiting), "devices_in_words": [], "prices": {}}
+        if brief is None or hold is None:
+            return brief and {**brief, "devices_in_words": [], "prices": {}}
+        words = [self._in_words(hold.node, device) for device in hold.devices]
+        return {**brief, "devices_in_words": words, "prices": dict(hold.prices)}
 
     def _in_words(self, node: str, device: Device) -> str:
         entry = self._inventory.get(node)
@@ -238,7 +266,7 @@ class Views:
         ask = waiting.pod.ask
         return {
             **_pod(waiting.pod.ref),
-            "phase": "waiting",
+            "phase": WAITING,
             "demand": "malformed" if isinstance(ask, Malformed) else str(ask),
             "node": None,
             "devices": [],
@@ -293,6 +321,27 @@ class Views:
             for device in hold.devices
             if device.gpu not in known
         ]
+
+
+COUNTED = (
+    "nodes",
+    "nodes_offered",
+    "gpus",
+    "gpus_held",
+    "gpus_shared",
+    "shares_held",
+    "milli_held",
+    "mig_gpus",
+    "mig_units",
+    "mig_units_held",
+    "slices_held",
+)
+WAITING = "waiting"
+
+
+def _uids(ordered: Iterable[tuple[str, str, str]]) -> Iterator[str]:
+    """Each once: a pod that waits may hold something by now."""
+    return (uid for (_, _, uid), _ in groupby(ordered))
 
 
 def _differing(handed: Handed) -> Json:
