@@ -11,10 +11,13 @@ delete things.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import http.client
 import json
 import os
 import random
+import re
 import secrets
 import shutil
 import socket
@@ -133,6 +136,12 @@ class Cluster:
         """GET `path` as the administrator."""
         return self.request("GET", path, params=query)
 
+    def text(self, path: str) -> str:
+        """GET what is not JSON: metrics, say."""
+        reply = self._http.get(path)
+        reply.raise_for_status()
+        return reply.text
+
     def add_nodes(self, nodes: Iterable[KubernetesObject]) -> None:
         """Create nodes, many at a time. KWOK takes over those that say so."""
         self._create_all(("/api/v1/nodes", node) for node in nodes)
@@ -142,9 +151,31 @@ class Cluster:
         self._create_all((_pods_path(_namespace_of(pod)), pod) for pod in pods)
 
     def _create_all(self, objects: Iterable[tuple[str, KubernetesObject]]) -> None:
+        everything = list(objects)
+        shares = [everything[first::CONNECTIONS] for first in range(CONNECTIONS)]
         with ThreadPoolExecutor(CONNECTIONS) as pool:
-            for _ in pool.map(lambda item: self.request("POST", item[0], item[1]), objects):
+            for _ in pool.map(self._create_some, filter(None, shares)):
                 pass
+
+    def _create_some(self, objects: Sequence[tuple[str, KubernetesObject]]) -> None:
+        """Create these one after the other on one connection, at a quarter of what httpx costs us."""
+        connection, headers = self.connection()
+        with contextlib.closing(connection):
+            for path, wanted in objects:
+                connection.request("POST", path, json.dumps(wanted), {"Content-Type": "application/json", **headers})
+                reply = connection.getresponse()
+                reply.read()
+                if reply.status >= httpx.codes.BAD_REQUEST:
+                    self.request("POST", path, wanted)  # once more, for its words, or since it was only busy
+
+    def connection(self) -> tuple[http.client.HTTPConnection, dict[str, str]]:
+        """A plain connection to the API server, and the headers that say who we are; for whoever sends a lot."""
+        url = httpx.URL(self.api_url)
+        headers = {} if self.admin_token is None else {"Authorization": f"Bearer {self.admin_token}"}
+        if url.scheme == "https":
+            secure = http.client.HTTPSConnection(url.host, url.port, timeout=REQUEST_SECONDS, context=self._trust())
+            return secure, headers
+        return http.client.HTTPConnection(url.host, url.port, timeout=REQUEST_SECONDS), headers
 
     def add_namespace(self, name: str) -> None:
         """Create a namespace and wait for its default service account, without which it takes no pods."""
@@ -324,10 +355,22 @@ class Cluster:
         """What a process of ours has written; `processes.names()` are the names."""
         return self.processes.logs(name)
 
-    def _start_kwok(self) -> None:
+    def be_still(self) -> None:
+        """Nodes' leases are not renewed and no controller runs from now on, so that nothing is done in between.
+
+        For measurements: 5,000 nodes renew 500 leases a second, and controllers follow every pod.
+        """
+        self.processes.kill("kube-controller-manager")
+        self.processes.kill("kwok")
+        config = self.directory / "still-stages.yaml"
+        stages = (HERE / "kwok" / "stages.yaml").read_text()
+        config.write_text(re.sub(r"(nodeLeaseDurationSeconds:) \d+", r"\1 0", stages))
+        self._start_kwok(config)
+
+    def _start_kwok(self, config: Path = HERE / "kwok" / "stages.yaml") -> None:
         port = free_port()
         argv: list[str | Path] = [self._kwok, f"--kubeconfig={self.kubeconfig}"]
-        argv += [f"--config={HERE / 'kwok' / 'stages.yaml'}", f"--server-address=127.0.0.1:{port}"]
+        argv += [f"--config={config}", f"--server-address=127.0.0.1:{port}"]
         self._launch("kwok", argv, f"http://127.0.0.1:{port}/healthz")
 
     def _launch(self, name: str, argv: Sequence[str | Path], ready_url: str) -> None:

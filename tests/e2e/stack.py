@@ -33,7 +33,6 @@ import yaml
 
 from app.certs import create_certificates
 from app.manifests import Form, scheduler_configuration
-from app.report import NodeReport
 from app.simulate import report_of
 from app.trust import AUDIENCE
 from solver import Node
@@ -283,9 +282,11 @@ class Stack:
 
     # -- services -------------------------------------------------------------------------------------
 
-    def add_service(self, name: str, *, start: bool = True, port: int = 0) -> Service:
-        """One more `tangram serve`, under its own identity (its name)."""
-        service = Service(self, name, port=port)
+    def add_service(
+        self, name: str, *, start: bool = True, port: int = 0, options: Mapping[str, str] | None = None
+    ) -> Service:
+        """One more `tangram serve`, under its own identity (its name); its `options` come after those of the knobs."""
+        service = Service(self, name, port=port, options=options or {})
         self.services[name] = service
         self._closing.callback(service.close)
         if start:
@@ -370,8 +371,9 @@ class Stack:
 class Service:
     """One `tangram serve` process."""
 
-    def __init__(self, stack: Stack, name: str, *, port: int = 0) -> None:
+    def __init__(self, stack: Stack, name: str, *, port: int = 0, options: Mapping[str, str] | None = None) -> None:
         self.name = name
+        self._options = dict(options or {})
         self.port = port or free_port()
         self.extender_port = free_port()
         self.agent_port = free_port()
@@ -504,6 +506,7 @@ class Service:
             "stale-seconds": str(knobs.stale_seconds),
             "orphan-seconds": str(knobs.orphan_seconds),
             **knobs.options,
+            **self._options,
         }
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
         words += knobs.flags
@@ -517,65 +520,6 @@ class Service:
 
 
 # ------------------------------------------------------------------------------------------------------ agents
-
-
-class PostedReports:
-    """Reports that this process posts itself: for hundreds of nodes, where real agents would be too many."""
-
-    def __init__(self, nodes: Iterable[Node], url: str, *, interval_seconds: float) -> None:
-        self._reports = {node.name: report_of(node) for node in nodes}
-        self._interval = interval_seconds
-        self._http = httpx.Client(base_url=url, timeout=5, trust_env=False)
-        self._frozen: set[str] = set()
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="posted reports")
-
-    def start(self) -> None:
-        """Begin to report."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End for good."""
-        self._stopping.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=10)
-        self._http.close()
-
-    def freeze(self, node: str) -> None:
-        """The node falls silent."""
-        self._frozen.add(node)
-
-    def thaw(self, node: str) -> None:
-        """It reports again."""
-        self._frozen.discard(node)
-
-    def use(self, node: str, gpu: str, pod_uids: Sequence[str]) -> None:
-        """From now on processes of exactly these pods run on that GPU."""
-        before = self._reports[node]
-        gpus = tuple(
-            each.model_copy(update={"pods": tuple(pod_uids)}) if each.uuid == gpu else each for each in before.gpus
-        )
-        self._reports[node] = before.model_copy(update={"gpus": gpus, "version": before.version + 1, "sees_pods": True})
-
-    def _run(self) -> None:
-        while not self._stopping.wait(self._interval):
-            for name in list(self._reports):
-                if name in self._frozen or self._stopping.is_set():
-                    continue
-                with contextlib.suppress(httpx.HTTPError):
-                    self._post(self._reports[name])
-
-    def _post(self, report: NodeReport) -> None:
-        unchanged = {"node": report.node, "boot": report.boot, "version": report.version}
-        reply = self._http.post("/v1/reports", json=unchanged)
-        if reply.is_success and reply.json()["resend"]:
-            self._http.post("/v1/reports", content=report.model_dump_json(by_alias=True))
-
-
-def posted_reports(stack: Stack, url: str) -> Agents:
-    """Reports posted by the test itself. They carry no token, so the knobs must allow that."""
-    assert stack.knobs.unauthenticated_agents, "posted reports need Knobs(unauthenticated_agents=True)"
-    return PostedReports(stack.nodes, url, interval_seconds=stack.knobs.agent_interval_seconds)
 
 
 class RealAgents:
