@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo cluster test unit e2e soak properties lint format bench bench-check bench-growth bench-quality bench-agent protos lock clean
+.PHONY: help setup demo cluster test unit e2e soak properties lint format bench bench-check bench-growth bench-quality bench-agent load loadtest protos lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'

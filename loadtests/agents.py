@@ -79,7 +79,7 @@ class Agents(FastHttpUser):
                 self._listen(agent)
             else:
                 self._beat(agent, due)
-            due += every
+            due = time.monotonic() if self.options.agents_hold else due + every
 
     def _beat(self, agent: Agent, due: float) -> None:
         reply = self._send(agent, "/v1/reports", "beat", agent.beat(), due)

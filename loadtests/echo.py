@@ -1,43 +1,50 @@
 """A server that does nothing: what Tangram is compared with. `python -m loadtests.echo --port 9900`
 
-The stack of the extender listener (uvicorn, httptools, uvloop, FastAPI; TLS where Tangram has it), reading a request
+The stack of the extender listener (uvicorn, httptools, uvloop, bare ASGI; TLS where Tangram has it), reading a request
 as Tangram must (all of its body, through orjson) and answering with the bytes it was told last: PUT /taught/filter.
 """
 
+from __future__ import annotations
+
 import argparse
 import ssl
+from pathlib import PurePosixPath
 
 import orjson
 import uvicorn
-from fastapi import FastAPI, Request, Response
 
+from app.asgi import Message, Receive, Send, answer, refuse
 from app.serve import BACKLOG, KEEP_ALIVE_SECONDS
 
 
-def create_echo() -> FastAPI:
-    """The verbs, as `app.routes` has them, and a way to tell the replies."""
-    echo = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    replies: dict[str, bytes] = {}
+class Echo:
+    """Every verb, and a way to tell its reply."""
 
-    def answer(verb: str) -> None:
-        @echo.post(f"/{verb}")
-        async def repeat(request: Request) -> Response:
-            orjson.loads(await request.body())
-            return Response(replies[verb], media_type="application/json")
+    def __init__(self) -> None:
+        self._replies: dict[str, bytes] = {}
 
-    for verb in ("filter", "prioritize", "bind"):
-        answer(verb)
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """One request."""
+        path, body = scope["path"], await _body(receive)
+        if scope["method"] == "PUT":
+            self._replies[f"/{PurePosixPath(path).name}"] = body
+            await answer(send, b"{}")
+        elif path in self._replies and scope["method"] == "POST":
+            orjson.loads(body)
+            await answer(send, self._replies[path])
+        elif path == "/readyz":
+            await answer(send, b"{}")
+        else:
+            await refuse(send, 404, "nobody has told what to answer")
 
-    @echo.put("/taught/{verb}")
-    async def teach(verb: str, request: Request) -> Response:
-        replies[verb] = await request.body()
-        return Response()
 
-    @echo.get("/readyz")
-    async def readyz() -> Response:
-        return Response("ok")
-
-    return echo
+async def _body(receive: Receive) -> bytes:
+    parts, more = [], True
+    while more:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def main() -> None:
@@ -50,11 +57,12 @@ def main() -> None:
     parser.add_argument("--client-ca", help="CA of the client certificates that must be shown (PEM)")
     options = parser.parse_args()
     uvicorn.run(
-        create_echo(),
+        Echo(),
         host=options.host,
         port=options.port,
         http="httptools",
         loop="uvloop",
+        lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,

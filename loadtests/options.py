@@ -148,3 +148,15 @@ def give_up(environment: Environment, words: str) -> NoReturn:
     if environment.runner is not None:
         gevent.spawn(environment.runner.quit)
     raise StopUser(words)
+
+
+def main() -> None:
+    """`python -m loadtests.options` lists them: locust's own --help leaves out what a locustfile adds."""
+    for field in fields(Options):
+        if field.name in HELP:
+            default = f" (default {field.default})" if field.default not in ("", False) else ""
+            print(f"  {_flag(field.name):24} {HELP[field.name]}{default}")
+
+
+if __name__ == "__main__":
+    main()

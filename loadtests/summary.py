@@ -25,7 +25,7 @@ ECHO = "echo "
 """The name of a repeated call is that of the call, after this."""
 
 MOST_ERRORS = 20  # that are told
-WIDTH = 120  # of a table, in characters
+WIDTH = 124  # of a table, in characters
 
 SET_UP = "(set up)"
 """The name of calls that prepare for others: in locust's tables, not in ours."""
@@ -207,8 +207,8 @@ TITLES = (
     "p99",
     "max",
     "p99:p50",
-    "×echo p50",
-    "×echo p99",
+    "p50:echo",
+    "p99:echo",
     "due p99",
 )
 
