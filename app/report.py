@@ -11,9 +11,20 @@ it says everything that is wanted now, so that both sides agree by comparing, wh
 `inventory` turns a report into the solver's `Node`, `orders` makes the lists.
 """
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+import orjson
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    WrapValidator,
+    model_validator,
+)
 
 NodeName = Annotated[str, StringConstraints(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9._-]+$")]
 Uuid = Annotated[str, StringConstraints(min_length=1, max_length=100)]
@@ -41,6 +52,22 @@ class Profile(_Wire):
     placements: tuple[Placement, ...] = Field(max_length=64)
     engines: dict[str, int] = Field(default_factory=dict)
     max_instances: int = Field(default=0, ge=0)
+
+
+@lru_cache(maxsize=1024)
+def _profiles(text: bytes) -> tuple[Profile, ...]:
+    return TypeAdapter(tuple[Profile, ...]).validate_json(text)
+
+
+def _once(value: object, validate: Callable[[object], tuple[Profile, ...]]) -> tuple[Profile, ...]:
+    """Equal boards share what their profiles are: those of 5,000 nodes with 8 GPUs would be 700 MB."""
+    try:
+        return validate(_profiles(orjson.dumps(value)))
+    except (TypeError, ValueError):  # already models, or wrong: then the usual way says where
+        return validate(value)
+
+
+Profiles = Annotated[tuple[Profile, ...], WrapValidator(_once)]
 
 
 class Process(_Wire):
@@ -93,7 +120,7 @@ class Mig(_Wire):
     pending: bool | None = None
     switches: bool = False
     note: Text = ""
-    profiles: tuple[Profile, ...] = Field(default=(), max_length=64)
+    profiles: Profiles = Field(default=(), max_length=64)
     instances: tuple[Instance, ...] = Field(default=(), max_length=64)
 
 
