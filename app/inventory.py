@@ -11,6 +11,7 @@ from sys import intern
 
 from app.quantities import version_in
 from app.report import Gpu, Instance, Link, NodeReport, Process, Unchanged
+from app.report import Profile as ReportedProfile
 from app.translate import profile_as_asked
 from solver import Device, Geometry, Node, Profile, Slice
 from solver import Gpu as SolverGpu
@@ -296,8 +297,26 @@ def _geometry(gpu: Gpu) -> Geometry | None:
     NVML gives no engine totals; a board has at least what its largest profile takes, and a profile that may
     exist n times needs n of what it takes.
     """
-    if gpu.mig is None or not gpu.mig.enabled:
-        return None
+    return _geometry_of(_Same(gpu.mig.profiles)) if gpu.mig is not None and gpu.mig.enabled else None
+
+
+class _Same:
+    """The profiles of a board as reports share them: equal only to the very same, which is quickly seen."""
+
+    __slots__ = ("profiles",)
+
+    def __init__(self, profiles: tuple[ReportedProfile, ...]) -> None:
+        self.profiles = profiles
+
+    def __hash__(self) -> int:
+        return id(self.profiles)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.profiles is other.profiles
+
+
+@lru_cache(maxsize=1024)
+def _geometry_of(board: _Same) -> Geometry:
     profiles = tuple(
         Profile(
             name=profile_as_asked(profile.name),
@@ -308,11 +327,11 @@ def _geometry(gpu: Gpu) -> Geometry | None:
             memory_mib=profile.memory_mib,
             engines=tuple(sorted((name, count) for name, count in profile.engines.items() if count)),
         )
-        for profile in gpu.mig.profiles
+        for profile in board.profiles
         if profile.placements
     )
     totals: dict[str, int] = {}
-    for reported in gpu.mig.profiles:
+    for reported in board.profiles:
         for name, count in reported.engines.items():
             totals[name] = max(totals.get(name, 0), count * max(1, reported.max_instances))
     return _known(

@@ -62,7 +62,7 @@ def _profiles(text: bytes) -> tuple[Profile, ...]:
 def _once(value: object, validate: Callable[[object], tuple[Profile, ...]]) -> tuple[Profile, ...]:
     """Equal boards share what their profiles are: those of 5,000 nodes with 8 GPUs would be 700 MB."""
     try:
-        return validate(_profiles(orjson.dumps(value)))
+        return _profiles(orjson.dumps(value))
     except (TypeError, ValueError):  # already models, or wrong: then the usual way says where
         return validate(value)
 
