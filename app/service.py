@@ -628,6 +628,9 @@ class Service:
             {"total": float(self.handing.followed)},
         )
         refusals = {"total": float(self.refusals.count)}
+        if self.journal is not None:
+            written = {"declared": float(self.journal.declared), "writes": float(self.journal.writes)}
+            yield "tangram_journal", "Binds declared in the journal, and the writes that this took", written
         yield "tangram_kubelet_refusals", "Pods that their kubelet refused to run", refusals
         yield "tangram_ready", "1 when ready", {"now": float(not self.waiting_for())}
         yield (

@@ -1,7 +1,7 @@
 """A process's line to the API server, which is cut at one call of its choice: the process is dead from then on.
 
-The call that was being made never arrived, was carried out without anybody reading its answer, or is still on its
-way: then it arrives when somebody else, later, has made so many calls.
+The calls that were being made then never arrived, were carried out without anybody reading the answer, or are still on
+their way: those arrive when somebody else, later, has made so many calls.
 """
 
 import asyncio
@@ -12,7 +12,10 @@ from typing import Any, Literal
 from app.errors import KubeError
 from tests.fakes import FakeKube
 
+TURNS_UNDER_WAY = 3  # of the event loop, before a call arrives
+
 Fate = Literal["lost", "unanswered", "late"]
+FATES: tuple[Fate, ...] = ("late", "lost", "unanswered")
 
 
 @dataclass(slots=True)
@@ -44,12 +47,14 @@ class Post:
 
 
 class Line:
-    """One process's; `cut` once it is dead. Watches and lists are not counted."""
+    """One process's; `cut` once it is dead, `at` so many calls, or so many `of` one verb. Watches and lists are not
+    counted."""
 
-    def __init__(self, kube: FakeKube, post: Post, *, at: int, fate: Fate, after: int) -> None:
+    def __init__(self, kube: FakeKube, post: Post, *, at: int, of: str = "", fate: Fate, after: int = 1000) -> None:
         self._kube = kube
         self._post = post
-        self._at = at
+        self.at = at
+        self.of = of
         self._fate = fate
         self._after = after
         self._calls = 0
@@ -62,11 +67,14 @@ class Line:
     async def _call(self, verb: str, made: Callable[..., Awaitable[Any]], args: Any, more: Any) -> Any:
         if self.cut.is_set():
             await asyncio.Event().wait()
-        self._calls += 1
+        self._calls += self.of in ("", verb)
         await self._post.deliver()
-        if self._calls != self._at:
+        if self._calls == self.at and self.of in ("", verb):
+            self.cut.set()
+        for _ in range(TURNS_UNDER_WAY):
+            await asyncio.sleep(0)
+        if not self.cut.is_set():
             return await made(*args, **more)
-        self.cut.set()
         if self._fate == "unanswered":
             await made(*args, **more)
         elif self._fate == "late":

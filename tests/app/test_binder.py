@@ -3,16 +3,20 @@
 import asyncio
 import copy
 from collections.abc import AsyncIterator
-from typing import Any
+from contextlib import asynccontextmanager
+from typing import Any, cast
 
 import pytest
 
 from app.errors import Conflict, Refused, Unknown
 from app.journal import HOLDER, SUFFIX
+from app.kube import Kube
 from app.ledger import Phase
 from app.translate import FENCE_ANNOTATION, PLACEMENT_ANNOTATION, Written, read_placement, write_placement
 from solver import Device
+from tests.app.line import TURNS_UNDER_WAY, Fate, Line, Post
 from tests.app.world import GPU, World
+from tests.fakes import FakeKube
 
 MIG = "nvidia.com/mig-3g.40gb"
 
@@ -345,6 +349,165 @@ async def test_a_pod_deleted_while_it_is_bound_gives_its_devices_back(world):
 
     assert await world.bind("p", "h1") != ""
     await world.until(lambda: phase(world, "p") is None)
+
+
+# -- a process that died in the middle of a bind ----------------------------------------------------------
+
+
+async def died(at: str, fate: Fate) -> tuple[World, Post]:
+    """A world whose service died at its first call of that verb, binding `p` to all of h1."""
+    post, lines = Post(), []
+
+    def through(kube: FakeKube) -> Kube:
+        lines.append(Line(kube, post, at=1, of="none", fate=fate))
+        return cast(Kube, lines[0])
+
+    world = World({"h1": "8xH100"}, line=through)
+    await world.service.start()
+    await world.until(lambda: not world.service.waiting_for())
+    world.report("h1")
+    world.add_pod("p", {GPU: "8"})
+    lines[0].of = at
+    bind = asyncio.create_task(world.bind("p", "h1"))
+    await lines[0].cut.wait()
+    for _ in range(2 * TURNS_UNDER_WAY):
+        await asyncio.sleep(0)
+    await world.crash()
+    bind.cancel()
+    await asyncio.gather(bind, return_exceptions=True)
+    return world, post
+
+
+@asynccontextmanager
+async def another(before: World, **knobs: Any) -> AsyncIterator[World]:
+    """The process after it, with `q`, which wants all of h1, too."""
+    world = World({"h1": "8xH100"}, on=before.kube, **knobs)
+    world.add_pod("q", {GPU: "8"})
+    async with world.running():
+        yield world
+
+
+async def test_dying_before_the_declaration_leaves_nothing():
+    before, _ = await died("replace_config_map", "lost")
+    async with another(before) as world:
+        assert phase(world, "p") is None
+        assert await world.bind("q", "h1") == ""
+
+
+@pytest.mark.parametrize(("at", "fate"), [("replace_config_map", "unanswered"), ("bind", "lost")])
+async def test_what_was_declared_is_held_after_a_restart_until_the_pod_is_fenced(at, fate):
+    before, _ = await died(at, fate)
+    before.kube.hold["get_pod"] = asyncio.Event()
+    async with another(before) as world:
+        assert phase(world, "p") is Phase.ASSUMED
+        assert set(world.devices("p")) == set(world.gpus("h1"))
+        assert not world.filter("q").fitting
+
+        world.kube.hold.pop("get_pod").set()
+        await world.until(lambda: phase(world, "p") is None)
+        assert FENCE_ANNOTATION in world.kube.annotations("p")
+        assert await world.bind("q", "h1") == ""
+
+
+async def test_a_binding_of_a_dead_process_that_arrives_after_the_fence_conflicts():
+    before, post = await died("bind", "late")
+    async with another(before) as world:
+        await world.until(lambda: phase(world, "p") is None)
+        assert await world.bind("q", "h1") == ""
+        await post.deliver(all_of_it=True)
+        assert post.arrived == 0
+        assert not world.kube.pod("p")["spec"].get("nodeName")
+
+
+async def test_a_binding_of_a_dead_process_that_arrives_before_the_fence_stands():
+    before, post = await died("bind", "late")
+    before.kube.hold["get_pod"] = asyncio.Event()
+    async with another(before) as world:
+        assert phase(world, "p") is Phase.ASSUMED
+        await post.deliver(all_of_it=True)
+        world.kube.hold.pop("get_pod").set()
+        await world.until(lambda: phase(world, "p") is Phase.HELD)
+        assert set(world.devices("p")) == set(world.gpus("h1"))
+        assert not world.filter("q").fitting
+
+
+async def test_a_declaration_of_a_dead_process_that_arrives_late_conflicts():
+    """Nothing was sent for it: nobody need know of it."""
+    before, post = await died("replace_config_map", "late")
+    async with another(before) as world:
+        await post.deliver(all_of_it=True)
+        assert post.arrived == 0
+        assert await world.bind("q", "h1") == ""
+
+
+async def test_what_was_bound_without_our_reading_the_answer_is_held_after_a_restart():
+    before, _ = await died("bind", "unanswered")
+    async with another(before) as world:
+        assert phase(world, "p") is Phase.HELD
+        assert set(world.devices("p")) == set(world.gpus("h1"))
+
+
+async def test_a_pod_that_is_bound_again_before_it_is_settled_is_fenced_first():
+    before, post = await died("bind", "late")
+    before.kube.hold["get_pod"] = asyncio.Event()
+    async with another(before) as world:
+        binding = asyncio.create_task(world.bind("p", "h1"))
+        await world.until(lambda: world.service.binder.is_binding("uid-p"))
+        world.kube.hold.pop("get_pod").set()
+        assert await binding == ""
+        assert FENCE_ANNOTATION in world.kube.annotations("p")
+        await post.deliver(all_of_it=True)
+        assert post.arrived == 0
+
+
+@pytest.mark.parametrize("spoil", ["edited", "deleted"])
+async def test_without_a_readable_journal_every_pod_that_waits_is_fenced_before_anything_is_decided(spoil):
+    before, post = await died("bind", "late")
+    key = f"{before.settings.namespace}/{before.settings.lease_name}{SUFFIX}"
+    if spoil == "edited":
+        journal = copy.deepcopy(before.kube.objects["configmaps"][key])
+        journal["data"]["binds"] = "nonsense"
+        before.kube._put("configmaps", key, journal, "MODIFIED")
+    else:
+        before.kube._remove("configmaps", key)
+    before.kube.hold["annotate_pod"] = asyncio.Event()
+    world = World({"h1": "8xH100"}, on=before.kube)
+    world.add_pod("q", {GPU: "8"})
+    await world.service.start()
+    await world.until(lambda: world.service.binder.unfenced)
+    (waits,) = world.service.waiting_for()
+    assert "2 pods to be fenced" in waits
+
+    world.kube.hold.pop("annotate_pod").set()
+    await world.until(lambda: not world.service.waiting_for())
+    await post.deliver(all_of_it=True)
+    assert post.arrived == 0
+    world.report("h1")
+    assert await world.bind("q", "h1") == ""
+    await world.service.stop()
+
+
+async def test_a_journal_that_may_not_be_written_is_said_in_words():
+    """As after an upgrade without the new rights."""
+    world = World({"h1": "8xH100"})
+
+    def forbidden() -> None:
+        raise Refused("403 configmaps is forbidden")
+
+    world.kube.before["create_config_map"] = forbidden
+    await world.service.start()
+    await world.until(lambda: "forbidden" in str(world.service.waiting_for()))
+    world.kube.before.clear()
+    await world.until(lambda: not world.service.waiting_for())
+    await world.service.stop()
+
+
+async def test_a_process_that_ends_in_order_leaves_an_empty_journal():
+    world = World({"h1": "8xH100"})
+    async with world.running():
+        world.add_pod("p", {GPU: "1"})
+        assert await world.bind("p", "h1") == ""
+    assert world.journal() == {}
 
 
 # -- restart ------------------------------------------------------------------------------------------
