@@ -85,7 +85,8 @@ class Inventory:
         kept = report.model_copy(update={"links": ()})  # the node has them, and they are half of a report
         self._entries[report.node] = Entry(kept, node, users_of(report), now, lasting, uuids_of(report))
         if len(self.geometries) < MOST_GEOMETRIES and not self.why_no_slices(report.node):
-            self.geometries.update([gpu.geometry for gpu in node.gpus if gpu.geometry is not None])
+            alike = {id(gpu.geometry): gpu.geometry for gpu in node.gpus if gpu.geometry is not None}
+            self.geometries.update(alike.values())  # a geometry takes long to hash
         for gpu in report.gpus:
             self._homes.setdefault(gpu.uuid, set()).add(report.node)
         return True
