@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import socket
 import statistics
 import sys
 import time
@@ -57,7 +58,7 @@ KNOBS = Knobs(stale_seconds=FOR_EVER, lease_seconds=FOR_EVER, unauthenticated_ag
 ROUND_SECONDS = 90.0  # a turn that takes longer ends there; its rate is of the pods that have a node by then
 CALM_SECONDS = 1.5  # for things to calm down before the clock starts
 IDLE_SECONDS = 5.0
-START_SECONDS = 180.0
+START_SECONDS = 300.0  # 5,000 nodes and the value tables of their boards, on a busy machine, too
 
 WHOLE_ASKS = ((1, 6), (2, 3), (4, 1))
 """GPUs of a pod, and how often: few and small enough that kube-scheduler alone, which spreads, places all of them."""
@@ -376,7 +377,7 @@ class Bench:
 
         def settled() -> bool:
             known = service.totals()["nodes_offered"] == plan.nodes
-            return known and service.metric("tangram_value_tables") >= tables
+            return known and service.metric('tangram_value_tables{state="now"}') >= tables
 
         self._stack.wait_for(settled, f"{name} to know {plan.nodes} nodes", START_SECONDS)
 
@@ -386,7 +387,7 @@ class Bench:
         files = self._stack.certificates
         words = [f"--cert={files / 'server.crt'}", f"--key={files / 'server.key'}", f"--client-ca={files / 'ca.crt'}"]
         self._run(name, "nothing", [f"--port={port}", f"--most-nodes={configuration.most_nodes}", *words])
-        time.sleep(CALM_SECONDS)
+        self._stack.wait_for(lambda: _listens(port), f"{name} to listen", START_SECONDS)
 
     def _run(self, name: str, module: str, words: Sequence[str]) -> None:
         argv = [sys.executable, "-m", f"tests.bench.{module}", *words]
@@ -452,6 +453,14 @@ class Bench:
         self._cluster.request("POST", f"{path}/roles", {"metadata": {"name": "bench"}, "rules": rules})
         binding = {"metadata": {"name": "bench"}, "roleRef": role, "subjects": [subject]}
         self._cluster.request("POST", f"{path}/rolebindings", binding)
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
 
 
 def _agents_of(server: str) -> str:
