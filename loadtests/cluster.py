@@ -9,6 +9,9 @@ import urllib.request
 from dataclasses import dataclass
 from urllib.parse import quote
 
+DRY_RUN = {"X-Tangram-Dry-Run": "true"}
+"""With this header filter and prioritize leave no trace."""
+
 PAGE = 500  # nodes at once: the service answers nobody else while it writes a page
 ANSWER_SECONDS = 30.0
 

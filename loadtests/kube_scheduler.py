@@ -14,20 +14,20 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import gevent
 import orjson
 from gevent.lock import Semaphore
 from locust import FastHttpUser, task
 from locust.env import Environment
 
-from app.driver import PodSpec, args_body, binding_body, choose, pod_object
+from app.driver import FIRST_BACKOFF_SECONDS, PodSpec, args_body, binding_body, choose, pod_object
 from loadtests.arrivals import asks, pod_of
 from loadtests.baseline import DESK, Exchange
-from loadtests.cluster import Cluster, NoCluster, learn
+from loadtests.cluster import DRY_RUN, Cluster, NoCluster, learn
 from loadtests.options import Options, connect, context_of, give_up, options_of, payload, session
 from loadtests.summary import SET_UP
 from loadtests.tenants import WAITING, Tenant
 
-DRY_RUN = {"X-Tangram-Dry-Run": "true"}
 JSON = {"Content-Type": "application/json", "User-Agent": "Go-http-client/1.1"}
 IDLE_SECONDS = 0.5
 REFUSED = "refused"
@@ -104,6 +104,7 @@ class KubeScheduler(FastHttpUser):
         try:
             node = self.place(pod)
         except Broken:
+            gevent.sleep(FIRST_BACKOFF_SECONDS)
             return
         if node:
             self._keep(pod, time.monotonic())

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ class Call:
     method: str
     path: str
     headers: dict[str, str]
+    query: dict[str, str]
     body: Any
 
 
@@ -35,6 +36,7 @@ class Deployment:
     mode: str = "standalone"
     error: str = ""
     knows: bool = False
+    names: Sequence[str] = tuple(NAMES)
     calls: list[Call] = field(default_factory=list)
 
     def to(self, path: str) -> list[Call]:
@@ -46,16 +48,17 @@ class Deployment:
         @app.api_route("/{path:path}", methods=["GET", "POST", "DELETE"])
         async def take(path: str, request: Request) -> Response:
             body = await request.body()
-            call = Call(request.method, f"/{path}", dict(request.headers), json.loads(body) if body else None)
+            value = json.loads(body) if body else None
+            call = Call(request.method, f"/{path}", dict(request.headers), dict(request.query_params), value)
             self.calls.append(call)
-            status, value = self.answer(call)
-            return JSONResponse(value, status)
+            status, reply = self.answer(call)
+            return JSONResponse(reply, status)
 
         return app
 
     def answer(self, call: Call) -> tuple[int, Any]:
         if call.path == "/v1/cluster":
-            return 200, {"mode": self.mode, "next": None, "nodes": [{"name": name} for name in NAMES]}
+            return 200, {"mode": self.mode, "next": None, "nodes": [{"name": name} for name in self.names]}
         if call.path == "/filter":
             return 200, {"NodeNames": call.body["NodeNames"][:3], "Error": self.error}
         if call.path == "/prioritize":

@@ -57,14 +57,6 @@ def test_a_live_cluster_that_proposes_all_the_same_is_left_alone_at_once(tmp_pat
     assert len(deployment.to("/filter")) == 1
 
 
-def test_a_mode_that_nobody_says_is_taken_to_be_live(tmp_path):
-    deployment = Deployment(mode="")
-    with serving(deployment.app()) as port:
-        status, _, printed = locust("KubeScheduler", "--host", f"http://127.0.0.1:{port}", out=tmp_path)
-    assert status == 0, printed
-    assert not deployment.to("/bind")
-
-
 def test_calls_that_fail_fail_the_test(tmp_path):
     deployment = Deployment(error="Tangram is not ready")
     with serving(deployment.app()) as port:
