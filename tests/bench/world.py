@@ -19,13 +19,13 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from app.driver import PodSpec, args_body, binding_body, pod_object
 from app.report import NodeReport
 from app.settings import Settings
 from app.simulate import report_of
 from solver.samples import sample_node
-from tests.bench.client import Client
 
 KINDS = ("8xH100",) * 5 + ("8xA100-mig",) * 2 + ("8xH100-mig",) + ("8xH100-mig4",) * 2
 """Of ten nodes."""
@@ -77,7 +77,19 @@ def new_pod(rng: random.Random, ask: str) -> PodSpec:
     return PodSpec(name=f"pod-{uid[:8]}", uid=uid, resources=(ASKS[ask],), token=uid[:5])
 
 
-def fill(client: Client, names: Iterable[str], *, seed: int = 1, most: int = MOST_HELD) -> int:
+class Asker(Protocol):
+    """The service, however it is reached; `nanoseconds` is what the last request took."""
+
+    nanoseconds: int
+
+    def post(self, path: str, body: bytes) -> bytes:
+        """The reply to a verb."""
+
+    def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+        """Status and body of anything else."""
+
+
+def fill(client: Asker, names: Iterable[str], *, seed: int = 1, most: int = MOST_HELD) -> int:
     """Pods on every node, as kube-scheduler binds them where one node is left; how many there are then."""
     rng = random.Random(seed)
     bound = 0
@@ -104,14 +116,16 @@ class Server:
 
 
 @contextlib.contextmanager
-def service(inventory: Path, *, log: Path, most_nodes: int | None = None) -> Iterator[Server]:
-    """`tangram serve` on this inventory, ready; standalone, with its planner. `most_nodes` None: as shipped."""
+def service(inventory: Path, *, log: Path, most_nodes: int | None = None, planning: bool = True) -> Iterator[Server]:
+    """`tangram serve` on this inventory, ready; standalone. `most_nodes` None: as shipped."""
     port = free_port()
     command = [sys.executable, "-m", "app.cli", "serve", "--nodes", str(inventory), "--port", str(port)]
     if most_nodes is not None and knows_most_nodes():
         command += ["--most-nodes", str(most_nodes)]
+    if not planning:
+        command += ["--no-planning"]
     with process(command, log=log) as started:
-        _wait_until_settled(f"http://127.0.0.1:{port}/metrics", started, log)
+        _wait_until_settled(GEOMETRIES if planning else 0, f"http://127.0.0.1:{port}/metrics", started, log)
         yield Server(started.pid, port)
 
 
@@ -155,15 +169,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_until_settled(url: str, started: subprocess.Popen[bytes], log: Path) -> None:
-    """Until it is ready and the planner has solved the value tables of the fleet's boards, which takes it a core for
-    seconds after each start."""
+def _wait_until_settled(tables: int, url: str, started: subprocess.Popen[bytes], log: Path) -> None:
+    """Until it is ready and the planner has solved so many value tables, which takes it a core for seconds."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and started.poll() is None:
         with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(url, timeout=2) as answer:
             said = answer.read().decode()
-            if _metric(said, "tangram_ready") and _metric(said, "tangram_value_tables") >= GEOMETRIES:
-                time.sleep(SETTLE_SECONDS)
+            if _metric(said, "tangram_ready") and _metric(said, "tangram_value_tables") >= tables:
+                time.sleep(SETTLE_SECONDS if tables else 0)
                 return
         time.sleep(0.2)
     raise SystemExit(f"not ready: {url}; its last words:\n{log.read_text(errors='replace')[-2000:]}")
