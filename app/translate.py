@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -51,6 +52,7 @@ EVERY_PROFILE = "*"  # no profile has this name: it stands for "whatever it is"
 MOST_DEVICES = 1024  # more than any node has; a larger count is a mistake and would only cost time
 LARGEST_COUNT = 2**31  # of devices, MiB or thousandths of a CPU; more is a mistake, and too much for a machine word
 MIB_IN_GIB = 1024
+LONGEST_REMEMBERED = 4096  # bytes of what containers ask for
 KUBELET_REFUSES = ("UnexpectedAdmissionError", "TopologyAffinityError")
 KUBELET_HAS_TOO_LITTLE = "OutOf"  # and the resource's name: pkg/kubelet/lifecycle/predicate.go of Kubernetes
 
@@ -152,7 +154,7 @@ def pod_of(pod: Json) -> Pod:
     annotations = meta.get("annotations") or {}
     if not isinstance(annotations, Mapping):
         raise ValueError("metadata.annotations is not an object")
-    need, wrong = need_of(spec)
+    need, wrong, containers = _asked(spec)
     terms = terms_of(annotations, ref.namespace)
     guest = _guest_of(annotations, ref.namespace) if isinstance(terms, Malformed) else terms.guest
     grace = _seconds(spec.get("terminationGracePeriodSeconds"), DEFAULT_GRACE_SECONDS)
@@ -170,7 +172,7 @@ def pod_of(pod: Json) -> Pod:
         priority=_whole(spec.get("priority")),
         gated=bool(spec.get("schedulingGates")),
         scheduler=_text_or(spec, "schedulerName", DEFAULT_SCHEDULER),
-        containers=_who_ask(spec) if need.takes_devices else (),
+        containers=containers,
         refused=_refused(status) if isinstance(status, Mapping) else "",
         admitted=isinstance(status, Mapping) and _admitted(status),
         fence=str(annotations.get(FENCE_ANNOTATION, "")),
@@ -233,6 +235,36 @@ def _whole(value: object) -> int:
 
 
 # -- what it needs ------------------------------------------------------------------------------------------
+
+
+def _asked(spec: Json) -> tuple[Demand, Malformed | None, tuple[Container, ...]]:
+    """What the pod needs, what is wrong with that, and which containers ask. Most pods ask as others did."""
+    said: dict[str, Any] = {field: spec[field] for field in ("resources", "overhead") if field in spec}
+    for field in ("initContainers", "containers"):
+        containers = spec.get(field)
+        said[field] = [_asking(each) for each in containers] if isinstance(containers, list) else containers
+    try:
+        text = orjson.dumps(said)
+    except TypeError:  # numbers that JSON may have and orjson does not write
+        return _read_anew(spec)
+    return _read_asked(text) if len(text) <= LONGEST_REMEMBERED else _read_anew(spec)
+
+
+def _asking(container: Any) -> Any:
+    """What of a container bears on what it asks for."""
+    if not isinstance(container, Mapping):
+        return container
+    return {field: container[field] for field in ("name", "restartPolicy", "resources") if field in container}
+
+
+@lru_cache(maxsize=4096)
+def _read_asked(said: bytes) -> tuple[Demand, Malformed | None, tuple[Container, ...]]:
+    return _read_anew(orjson.loads(said))
+
+
+def _read_anew(spec: Json) -> tuple[Demand, Malformed | None, tuple[Container, ...]]:
+    need, wrong = need_of(spec)
+    return need, wrong, _who_ask(spec) if need.takes_devices else ()
 
 
 def need_of(spec: Json) -> tuple[Demand, Malformed | None]:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.translate import (
+    FENCE_ANNOTATION,
     PLACEMENT_ANNOTATION,
     TERMS,
     Container,
@@ -410,3 +411,30 @@ def test_the_pod_is_read_with_all_that_matters():
 def test_what_is_no_pod_raises_value_error(pod):
     with pytest.raises(ValueError, match=r"metadata|spec"):
         pod_of(pod)
+
+
+def test_what_containers_ask_is_read_the_same_a_second_time_and_when_it_is_long():
+    """What was read once is remembered."""
+    containers = [{"name": f"c{n}", "resources": {"limits": {GPU: "1"}}} for n in range(200)]
+    for count in (1, 2, 2, 200, 200):
+        read = pod_of(pod_json("p", spec={"containers": containers[:count]}))
+        assert (read.need.gpus, len(read.containers)) == (count, count)
+        assert read.containers[0].name == "c0"
+
+
+def test_a_container_that_asks_for_another_number_is_another_pod():
+    counts = [pod_of(pod_json("p", {GPU: number})).need.gpus for number in ("1", 2, "2", 1)]
+    assert counts == [1, 2, 2, 1]
+
+
+@pytest.mark.parametrize("count", [2**80, [1], {"a": 1}, True, None])
+def test_counts_that_are_none_are_refused_each_time(count):
+    reasons = [pod_of(pod_json("p", {GPU: count})).ask for _ in range(2)]
+    assert reasons[0] == reasons[1]
+    assert isinstance(reasons[0], Malformed) or count is None
+
+
+def test_that_we_fenced_a_pod_asks_for_nothing():
+    pod = pod_of(pod_json("p", {GPU: "1"}, metadata={"annotations": {FENCE_ANNOTATION: "then"}}))
+    assert pod.fence == "then"
+    assert pod.ask == pod.need
