@@ -26,7 +26,12 @@ PAGE_BYTES = 1 << 18  # reading it as JSON holds up everybody, for some 3 ms
 NO_ANNOTATIONS: Mapping[str, str] = {}
 CONNECTIONS = 200  # one for each bind in flight
 LONGEST_LINE = 2**21  # a watch event may be larger than aiohttp's own limit
-HEADERS: Mapping[str, str] = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": "tangram"}
+HEADERS: Mapping[str, str] = {
+    "Accept": "application/json",
+    "Accept-Encoding": "identity",  # else kube-apiserver packs larger answers, and unpacking is our work
+    "Content-Type": "application/json",
+    "User-Agent": "tangram",
+}
 PATCH_HEADERS: Mapping[str, str] = {**HEADERS, "Content-Type": "application/merge-patch+json"}
 TOKEN_NODE = "authentication.kubernetes.io/node-name"  # noqa: S105  (the name of a fact in a TokenReview)
 QUIET_SECONDS = 90.0  # API servers send bookmarks each minute; longer silence means a dead connection

@@ -83,6 +83,7 @@ class Ledger:
         self._soft: dict[str, set[str]] = {}
         self._leaving: set[str] = set()
         self._assumed: set[str] = set()
+        self._confirmed: set[str] = set()
         self._by_gpu: dict[str, set[str]] = {}
         self._changed: set[str] = set()
 
@@ -149,6 +150,14 @@ class Ledger:
         """Pods with a bind under way or of unknown outcome."""
         return tuple(self._holds[uid] for uid in self._assumed)
 
+    def under_way(self) -> tuple[str, ...]:
+        """UIDs of pods that are being bound, or have been without having been seen so on the API server."""
+        return (*self._assumed, *self._confirmed)
+
+    def seen_bound(self, uid: str) -> None:
+        """The API server says so."""
+        self._confirmed.discard(uid)
+
     def drain_changes(self) -> set[str]:
         """Nodes whose firm holds changed since the last call."""
         changed, self._changed = self._changed, set()
@@ -190,6 +199,7 @@ class Ledger:
         hold = self._holds.get(uid)
         if hold is not None and hold.phase is Phase.ASSUMED:
             self._put(replace(hold, phase=Phase.HELD, since=now))
+            self._confirmed.add(uid)
 
     def explain(self, uid: str, devices: tuple[Device, ...]) -> None:
         """Somebody saw which devices a pod of unknown devices uses."""
@@ -253,6 +263,7 @@ class Ledger:
 
     def _drop(self, hold: Hold) -> None:
         del self._holds[hold.pod.uid]
+        self._confirmed.discard(hold.pod.uid)
         self._unindex(hold)
         of_node = self._by_node[hold.node]
         del of_node[hold.pod.uid]

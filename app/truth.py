@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 FRESH_REFUSAL_SECONDS = 3.0  # a refusal this recent may have raced with the event that made room
 
 
+Kind = tuple[Demand | Malformed, int, str]
+"""What pods ask for, their priority, and their scheduler's name."""
+
+
 @dataclass(slots=True)
 class Waiting:
     """A pod that was refused everywhere we were asked, with the last reason."""
@@ -72,6 +76,8 @@ class Truth:
         self.waiting: dict[str, Waiting] = {}
         self.pending: dict[str, Pod] = {}
         """Pods that wait for devices, whether we were asked about them or not; a bind may be under way."""
+        self.kinds: Counter[Kind] = Counter()
+        """How many of them there are of each kind."""
         self.pending_changes = 0
         """How often `pending` has changed."""
         self.arrivals: Counter[Demand] = Counter()
@@ -155,7 +161,11 @@ class Truth:
 
     def is_asked_about(self, pod: Pod) -> bool:
         """Whether the pod is one that we are asked about; until anybody has asked, all are."""
-        return not self.askers or pod.scheduler in self.askers
+        return self.asks_us(pod.scheduler)
+
+    def asks_us(self, scheduler: str) -> bool:
+        """Whether this scheduler asks us about its pods; until anybody has asked, all are taken to do so."""
+        return not self.askers or scheduler in self.askers
 
     def json_seen(self, item: Json) -> Pod | None:
         """The same for a pod as JSON; one that cannot be read changes nothing, and is logged."""
@@ -235,6 +245,7 @@ class Truth:
         if hold is not None and hold.firm and hold.node == pod.node and ours:
             if hold.phase is Phase.ASSUMED:
                 self._ledger.confirm(pod.ref.uid, now=self._clock())
+                self._ledger.seen_bound(pod.ref.uid)
             elif hold.phase is Phase.LEAVING:
                 self._ledger.restore(replace(hold, phase=Phase.HELD, since=self._clock()))
             if same:
@@ -331,14 +342,24 @@ class Truth:
         now = pod if pod is not None and pod.is_pending else None
         if now is None and before is None:
             return
+        if before is not None:
+            self._count(before, -1)
         if now is None:
             del self.pending[uid]
+            self._ledger.seen_bound(uid)
         else:
+            self._count(now, 1)
             self.pending[uid] = now
             if before is None and isinstance(now.ask, Demand):
                 self._note_arrival(now.ask)
         if before is None or now is None or (before.ask, before.priority) != (now.ask, now.priority):
             self.pending_changes += 1
+
+    def _count(self, pod: Pod, number: int) -> None:
+        kind = pod.ask, pod.priority, pod.scheduler
+        self.kinds[kind] += number
+        if not self.kinds[kind]:
+            del self.kinds[kind]
 
     def _note_arrival(self, demand: Demand) -> None:
         """Count what comes; what came long ago counts less and less."""
