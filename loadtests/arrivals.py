@@ -7,6 +7,7 @@ import random
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from app.driver import PodSpec
@@ -52,6 +53,7 @@ def mix_called(text: str) -> Weights:
     return mix
 
 
+@cache
 def asks_of_trace(path: Path) -> tuple[Ask, ...]:
     """What a trace's pods ask of us, in their order; those without a GPU are none of ours. Raises BadInput.
 

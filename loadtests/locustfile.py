@@ -34,9 +34,11 @@ from loadtests.tenants import Tenant
 __all__ = ["Agents", "Echo", "KubeScheduler", "Tenant"]
 
 MISUSE = 2
+SHAPE_SECONDS = 60.0  # unless -t says more
+STOP_SECONDS = 5.0  # for users to finish what they are at, and to leave nothing behind
 
 recorder = Recorder()
-began = {"wall": time.monotonic(), "cpu": time.process_time()}
+began, ended = {"wall": 0.0, "cpu": 0.0}, {"wall": 0.0, "cpu": 0.0}
 
 if os.environ.get("LOAD_SHAPE"):
     plan = SHAPES[os.environ["LOAD_SHAPE"]]
@@ -47,11 +49,12 @@ if os.environ.get("LOAD_SHAPE"):
         use_common_options = True
 
         def tick(self) -> tuple[int, float] | None:
-            """Users now, and all of them at once; None when the time is over."""
+            """Users now, beside those that there is one of; all of a change at once. None when the time is over."""
             assert self.runner is not None
             given: Any = self.runner.environment.parsed_options
-            most, seconds, at = given.num_users or 1, given.run_time or 60, self.get_run_time()
-            return None if at >= seconds else (plan(at, most, seconds), float(given.spawn_rate or most))
+            most, seconds, at = given.num_users or 1, given.run_time or SHAPE_SECONDS, self.get_run_time()
+            single = sum(each.fixed_count for each in self.runner.user_classes)
+            return None if at >= seconds else (plan(at, most, seconds) + single, float(most))
 
 
 @events.init_command_line_parser.add_listener
@@ -81,6 +84,7 @@ def check_options(environment: Environment, **_: object) -> None:
     except (BadInput, BadMix, NoCluster, OSError) as wrong:
         print(f"loadtests: {wrong}", file=sys.stderr)
         sys.exit(MISUSE)
+    environment.stop_timeout = environment.stop_timeout or STOP_SECONDS
     gevent.get_hub().loop.update_now()  # else the time this took is taken off the test's
 
 
@@ -88,6 +92,12 @@ def check_options(environment: Environment, **_: object) -> None:
 def begin(**_: object) -> None:
     """The clock runs from here."""
     began.update(wall=time.monotonic(), cpu=time.process_time())
+
+
+@events.test_stopping.add_listener
+def end(**_: object) -> None:
+    """To here: users still finish what they are at."""
+    ended.update(wall=time.monotonic(), cpu=time.process_time())
 
 
 @events.request.add_listener
@@ -119,7 +129,7 @@ def sum_up(environment: Environment, **_: object) -> None:
     """Table, file and exit status."""
     if isinstance(environment.runner, WorkerRunner):
         return
-    options, seconds = options_of(environment), time.monotonic() - began["wall"]
+    options, seconds = options_of(environment), max(0.001, ended["wall"] - began["wall"])
     failures = recorder.failures()
     if environment.runner is not None:
         failures += [str(each["msg"]) for each in environment.runner.exceptions.values()]
@@ -129,7 +139,7 @@ def sum_up(environment: Environment, **_: object) -> None:
         "users": sorted(each.__name__ for each in environment.user_classes),
         "shape": os.environ.get("LOAD_SHAPE", ""),
         "seconds": round(seconds, 2),
-        "driver_cpu_share": round((time.process_time() - began["cpu"]) / seconds, 3),
+        "driver_cpu_share": round((ended["cpu"] - began["cpu"]) / seconds, 3),
         "rows": rows,
         "failures": failures,
     }

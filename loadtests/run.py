@@ -133,7 +133,7 @@ def _locust(name: str, words: Sequence[str], seconds: int, out: Path) -> list[st
     summary = _file(out, name, "json")
     summary.unlink(missing_ok=True)
     html, csv = str(_file(out, name, "html")), str(_file(out, name, "csv").with_suffix(""))
-    drive = ["--headless", "--only-summary", "-t", f"{seconds}s", "--stop-timeout", "5", "--html", html, "--csv", csv]
+    drive = ["--headless", "--only-summary", "-t", f"{seconds}s", "--html", html, "--csv", csv]
     return [sys.executable, "-m", "locust", "-f", "loadtests/locustfile.py", *words, *drive, "--summary", str(summary)]
 
 

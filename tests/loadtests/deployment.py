@@ -94,7 +94,7 @@ def serving(app: FastAPI, **tls: Any) -> Iterator[int]:
 def locust(*words: str, out: Path, seconds: int = 2) -> tuple[int, dict[str, Any], str]:
     """Exit status, summary and what was printed."""
     summary = out / "summary.json"
-    drive = ["--headless", "--only-summary", "-t", f"{seconds}s", "--stop-timeout", "5", "--summary", str(summary)]
+    drive = ["--headless", "--only-summary", "-t", f"{seconds}s", "--summary", str(summary)]
     done = subprocess.run(
         [sys.executable, "-m", "locust", "-f", "loadtests/locustfile.py", *words, *drive],
         cwd=ROOT,
