@@ -37,7 +37,7 @@ from tests.bench.fleet import (
     show_blocked,
     write_to_etcd,
 )
-from tests.bench.machine import machine
+from tests.bench.machine import cpu_seconds, machine
 from tests.e2e.cluster import ControlPlane
 from tests.e2e.stack import GPU, MIG, Service, Stack
 
@@ -49,6 +49,7 @@ MEMORY_TARGET_MIB = 800.0
 BLOCKED_TARGET_MS = 20.0
 CALM_SECONDS = 12.0  # then every agent has said "nothing new" once, and the chores have come round
 FILTERS = 50
+QUICK_NODES, QUICK_PODS = 500, 4000
 
 Json = dict[str, Any]
 
@@ -59,9 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--nodes", type=int, default=5000, help="nodes of 8 GPUs")
     parser.add_argument("--pods", type=int, default=40_000, help="pods that hold devices")
     parser.add_argument("--mix", choices=MIXES, default="whole", help="kinds of nodes")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_NODES} nodes and {QUICK_PODS} pods")
     parser.add_argument("--json", type=Path, default=OUT, help="where the figures go")
     parser.add_argument("--tell-blocked", type=float, default=0.0, metavar="SECONDS", help="log what blocks the loop")
     options = parser.parse_args(argv)
+    if options.quick:
+        options.nodes, options.pods = QUICK_NODES, QUICK_PODS
     console = Console()
     found = measure(options.mix, options.nodes, options.pods, console, tell_blocked_seconds=options.tell_blocked)
     show_targets(targets(found), console)
@@ -83,6 +87,7 @@ def measure(mix: str, nodes: int, pods: int, console: Console, *, tell_blocked_s
         stack.service.start()
         with Memory(pid_of(stack)) as memory:
             ready = _until(stack, lambda service: service.readiness()["ready"]) - began
+            cpu = cpu_seconds(pid_of(stack))
             console.print(f"ready after {ready:.1f} s, with {memory.now()['service']:.0f} MiB")
             first = stack.service.metric('tangram_nodes{state="offered"}')
             reported = _until(stack, lambda service: service.metric('tangram_nodes{state="offered"}') >= nodes) - began
@@ -102,6 +107,7 @@ def measure(mix: str, nodes: int, pods: int, console: Console, *, tell_blocked_s
         "held_pods": len(held),
         "pod_bytes": len(orjson.dumps(held[-1])),
         "ready_seconds": round(ready, 2),
+        "cpu_seconds_when_ready": round(cpu, 2),
         "offered_when_ready": first,
         "reported_seconds": round(reported, 2),
         "answered_seconds": round(answered - began, 2),
