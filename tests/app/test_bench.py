@@ -14,7 +14,8 @@ import orjson
 import pytest
 from rich.console import Console
 
-from tests.bench import changed, check
+from solver import DEFAULT_POLICY
+from tests.bench import changed, check, fits, growth, states
 from tests.bench.__main__ import PARTS, Done, Part, chosen, run_part, summary
 from tests.bench.client import Client
 from tests.bench.driver import MOST_AT_ONCE, Load
@@ -329,3 +330,84 @@ def test_the_check_says_which_ratio_is_worse(tmp_path, capsys):
 
     assert check.main([*options, "--update"]) == 0
     assert check.main(options) == 0
+
+
+def test_ratios_are_kept_by_part(tmp_path):
+    """Parts name their rows themselves, and only those of parts that ran may be compared."""
+    found = check.ratios_in("throughput", [replace(RATIO, key="whole"), replace(RATIO, ratio=False)])
+
+    assert list(found) == ["throughput.whole"]
+
+
+# --- growth and states ---
+
+
+def test_a_power_law_is_found():
+    law = fits.growth([(x, 3.0 * x**1.5) for x in (1, 10, 100, 1000)])
+
+    assert law is not None
+    assert (law.exponent, law.r2) == (1.5, 1.0)
+    assert law.at(4) == pytest.approx(24.0)
+
+
+def test_what_does_not_grow_has_no_exponent():
+    law = fits.growth([(1, 5.0), (10, 5.0), (100, 5.0)])
+
+    assert law is not None
+    assert law.exponent == pytest.approx(0.0, abs=1e-9)
+
+
+def test_two_points_are_no_law():
+    """Any two points lie on one, which says nothing; and nothing has a logarithm at 0."""
+    assert fits.growth([(0, 1.0), (1, 1.0), (10, 2.0)]) is None
+
+
+def test_a_plot_is_a_png(tmp_path):
+    panel = fits.Panel("latency", "nodes", "ms", {"filter": [(1, 1.0), (10, 2.0), (100, 4.0)]})
+
+    assert fits.plot([[panel]], tmp_path / "deep" / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("axis", list(growth.POINTS))
+def test_a_growth_point_can_be_asked_without_a_server(axis):
+    """In process the verbs must do what they do over HTTP, and never wait."""
+    world = growth.world_of(axis, 3, nodes=3)
+    inside = growth.Inside(world.reports, most_nodes=0)
+    world.prepare(inside)
+
+    took = growth.measured(inside, world, seconds=0.0)
+
+    assert took["filter"].count == growth.LEAST
+    assert 0 < took["filter"].p50 <= took["filter"].p99
+
+
+def test_memory_is_told_against_the_base_of_its_axis():
+    points = [growth.Point("pods", value, 1, {}, mib) for value, mib in ((0, 100.0), (10, 103.0), (20, 106.0))]
+
+    assert growth.lines_of(points) == {"pods": {"memory, MiB": [(10, 3.0), (20, 6.0)]}}
+
+
+@pytest.mark.parametrize("workload", [states.whole, states.mig, states.mixed])
+def test_a_week_keeps_count_of_states(workload):
+    """There cannot be more states than nodes, nor fewer seen than there are now."""
+    week = states.live(workload(10), DEFAULT_POLICY, days=0.5)
+
+    assert week.counts[0].day == 0.0
+    assert week.last.day == 0.5
+    assert all(1 <= count.states <= 10 for count in week.counts)
+    assert all(count.states <= count.seen for count in week.counts)
+    assert week.changes > 0
+
+
+def test_the_offered_load_is_what_was_asked_for():
+    """Too few pods would leave states out, too many would leave the fleet full."""
+    (stream,) = states.whole(100).streams
+
+    assert stream.rate * stream.held == pytest.approx(states.LOAD * stream.capacity_milli)
+
+
+def test_a_trace_tells_stays(tmp_path):
+    file = tmp_path / "pods.csv"
+    file.write_text("name,deletion_time,scheduled_time\na,100,40\nb,,40\n")
+
+    assert list(states.read_stays(file)) == [60.0, 0.0]

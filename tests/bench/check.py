@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,13 @@ class Compared:
         return self.factor >= WORSE
 
 
-def ratios_in(targets: Iterable[Target]) -> dict[str, Target]:
-    """Of a part's targets those that are ratios, by key."""
-    return {target.key: target for target in targets if target.ratio}
+def ratios_in(part: str, targets: Iterable[Target]) -> dict[str, Target]:
+    """Of a part's targets those that are ratios, by a key that begins with the part."""
+    named = [
+        target if target.key.startswith(f"{part}.") else replace(target, key=f"{part}.{target.key}")
+        for target in targets
+    ]
+    return {target.key: target for target in named if target.ratio}
 
 
 def compare(committed: Ratios, now: Ratios, parts: Sequence[str]) -> list[Compared]:
@@ -116,7 +120,7 @@ def measured(parts: Sequence[Part], console: Console) -> dict[str, Target]:
         done = run_part(part, OUT, console, quick=False)
         if done.failed:
             raise SystemExit(f"{part.name} {done.failed}: nothing can be compared")
-        found |= ratios_in(done.targets)
+        found |= ratios_in(part.name, done.targets)
     return found
 
 
@@ -125,7 +129,7 @@ def earlier(parts: Sequence[Part], folder: Path) -> dict[str, Target]:
     found: dict[str, Target] = {}
     for part in parts:
         said = json.loads((folder / f"{part.name}.json").read_text())
-        found |= ratios_in(target_of(each) for each in said["targets"])
+        found |= ratios_in(part.name, [target_of(each) for each in said["targets"]])
     return found
 
 

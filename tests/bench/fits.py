@@ -65,7 +65,7 @@ def plot(rows: Sequence[Sequence[Panel]], path: Path) -> Path:
 
     pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     most = max(len(row) for row in rows)
-    figure, axes = pyplot.subplots(len(rows), most, figsize=(4.3 * most, 3.4 * len(rows)), squeeze=False)
+    figure, axes = pyplot.subplots(len(rows), most, figsize=(4.3 * most, 3.9 * len(rows)), squeeze=False)
     for line_of_axes, row in zip(axes, rows, strict=True):
         for axis, panel in zip(line_of_axes, row, strict=False):
             _draw(axis, panel)
@@ -90,11 +90,23 @@ def _draw(axis: Any, panel: Panel) -> None:
         if law:
             axis.plot(xs, [law.at(x) for x in xs], linestyle=":", linewidth=1, color=line.get_color())
     if panel.logarithmic:
-        axis.set_xscale("log")
-        axis.set_yscale("log")
+        _logarithmic(axis, sorted({x for points in panel.lines.values() for x, _ in points if x > 0}))
     else:
         axis.set_ylim(bottom=0)
     axis.set_title(panel.title)
     axis.set_xlabel(panel.x)
     axis.set_ylabel(panel.y)
-    axis.legend(frameon=False, fontsize=7)
+    axis.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+
+
+def _logarithmic(axis: Any, xs: Sequence[float]) -> None:
+    """Ticks where something was measured, and plain numbers."""
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xticks(xs, [f"{x:,g}" for x in xs])
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    low, high = axis.get_ylim()
+    axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:.3g}") if high < 5 * low else NullFormatter())

@@ -280,21 +280,24 @@ def laws_of(lines: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) ->
 
 
 def panels(lines: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> list[list[Panel]]:
-    """Latency above, memory below."""
+    """The middle above, the slow ones below it, then memory."""
     said = {"nodes": "nodes", "pods": "pods held", "demands": "kinds of demand", "states": "different states"}
-    latency, memory = [], []
+    middle: list[Panel] = []
+    slow: list[Panel] = []
+    memory: list[Panel] = []
     for axis, by_name in lines.items():
-        times = {name: points for name, points in by_name.items() if not name.startswith("memory")}
-        latency.append(Panel(f"latency against {said[axis]}", said[axis], "ms", times))
+        for row, which in ((middle, "p50"), (slow, "p99")):
+            times = {name.removesuffix(f", {which}"): points for name, points in by_name.items() if which in name}
+            row.append(Panel(f"{which} against {said[axis]}", said[axis], "ms", times))
         memory.append(
             Panel(
                 f"memory against {said[axis]}",
                 said[axis],
                 f"MiB more than at {BASE[axis]}",
-                {"": by_name["memory, MiB"]},
+                {"memory": by_name["memory, MiB"]},
             )
         )
-    return [latency, memory]
+    return [middle, slow, memory]
 
 
 def show(points: Sequence[Point], laws: Mapping[str, Mapping[str, Growth | None]], console: Console) -> None:
