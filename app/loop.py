@@ -25,6 +25,7 @@ TURN_SECONDS = 0.003  # a turn of long work; kube-scheduler's calls wait so long
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 FRAMES = 10  # of the stack that is logged, the innermost
 USUAL_THRESHOLDS = gc.get_threshold()
+TIDY_SECONDS = 0.1
 RARELY = 1_000_000  # young collections between two full ones: never by itself
 
 T = TypeVar("T")
@@ -173,6 +174,16 @@ class Tidying:
         """All as it was."""
         gc.set_threshold(*USUAL_THRESHOLDS)
         gc.unfreeze()
+
+    async def run(self) -> None:
+        """Be tidy until cancelled."""
+        self.begin()
+        try:
+            while True:
+                await asyncio.sleep(TIDY_SECONDS)
+                self.tidy()
+        finally:
+            self.end()
 
     def tidy(self) -> None:
         """Now and then: once enough is new, look at the young and set all aside."""

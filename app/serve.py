@@ -22,6 +22,7 @@ import uvloop
 from app.asgi import App, beside
 from app.errors import BadInput
 from app.kube import connect
+from app.loop import Tidying
 from app.main import agent_app, build, public_app, trust_of
 from app.service import Service
 from app.settings import Settings
@@ -61,9 +62,11 @@ async def _serve(settings: Settings) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop)
+    tidying = asyncio.create_task(Tidying().run())
     async with asyncio.TaskGroup() as group:
         for listener in listeners:
             group.create_task(_serve_one(listener, stop))
+    tidying.cancel()
 
 
 def _allow_many_connections() -> None:

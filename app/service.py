@@ -24,7 +24,7 @@ from app.journal import SUFFIX, Intent, Journal, Unreadable
 from app.kube import Event, Kube
 from app.lease import Lease
 from app.ledger import Ledger
-from app.loop import LoopWatch, Tidying, Turns, in_turns
+from app.loop import LoopWatch, Turns, in_turns
 from app.manifests import managed_resource_names
 from app.metrics import Metrics
 from app.modes import Modes
@@ -55,7 +55,6 @@ from solver import DEFAULT_POLICY, Device
 log = logging.getLogger(__name__)
 
 CHORES_SECONDS = 0.5
-TIDY_SECONDS = 0.1
 AT_ONCE = 4  # nodes whose lists are made anew when an agent reports: its own and few others; the rest is a chore
 GONE_AFTER_STALE = 4.0  # times `stale_seconds`: then a node that the API server does not have is forgotten
 UNKNOWN_WAITERS_SECONDS = 60.0  # after a rebuild: by then the agents have reported and the pods were looked at anew
@@ -114,7 +113,6 @@ class Service:
         self.modes = Modes(self.ledger, self.inventory, self.offers, self.orders, self.truth, clock=clock)
         self.views = Views(self.ledger, self.inventory, self.offers, self.orders, self.handing, self.truth, clock=clock)
         self.loop = LoopWatch(tell_seconds=settings.tell_blocked_seconds)
-        self.tidying = Tidying()
         self.metrics = Metrics(self._gauges, self.loop)
         self.schedule = Schedule()
         self.planner = self._planner() if settings.planning else None
@@ -182,9 +180,8 @@ class Service:
 
     async def start(self) -> None:
         """Start every background task; readiness follows by itself."""
-        self.tidying.begin()
         self.loop.start()
-        loops = [self._do_chores(), self._tidy()]
+        loops = [self._do_chores()]
         if self.kube is not None and self.lease is not None and self.journal is not None:
             loops.append(self.journal.run())
             loops += [self.lease.run(), self._rebuild(), self._wake(self.kube), self._name_slices(self.kube)]
@@ -202,7 +199,6 @@ class Service:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.loop.stop()
-        self.tidying.end()
         if self.journal is not None:
             await self.journal.close()
         if self.lease is not None:
@@ -496,11 +492,6 @@ class Service:
             if not self._order(most=1):
                 return
             await turns.over()
-
-    async def _tidy(self) -> None:
-        while True:
-            await asyncio.sleep(TIDY_SECONDS)
-            self.tidying.tidy()
 
     def _forget_gone_nodes(self, now: float) -> None:
         """Nodes that the API server does not have, and whose agents have been silent for long, are no more."""
