@@ -56,7 +56,7 @@ HELD = ("1 GPU", "1 GPU", "2 GPUs", "4 GPUs", "1g.10gb", "1g.10gb", "2g.20gb", "
 MOST_HELD = 6
 """Tries of pods to put on a node: from none to so many, about half of which fit."""
 
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 
 
 def reports_of(nodes: int, *, seed: int = 1) -> list[NodeReport]:
