@@ -99,9 +99,10 @@ class Journal:
     async def take(self, *, first: bool) -> tuple[Intent, ...] | Unreadable:
         """Write our name into it; what it names. Raises KubeError: try again.
 
-        `first`: nobody has served before us, so that a missing journal is an empty one.
+        `first`: nobody has served before us, so that a missing journal is an empty one (unless we have had one).
         """
         async with self._writing:
+            first = first and not self._version
             self._lose("the journal of binds is being taken")
             self._mark = secrets.token_hex(8)
             try:

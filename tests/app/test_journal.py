@@ -253,6 +253,11 @@ async def test_a_missing_journal_is_empty_only_for_the_first_who_ever_serves():
     assert isinstance(await found_by_the_next(desk), Unreadable), "the one before died before it had fenced anybody"
 
 
+async def test_a_journal_that_we_had_and_is_gone_is_not_an_empty_one(desk):
+    desk.kube._remove("configmaps", KEY)
+    assert isinstance(await desk.journal.take(first=True), Unreadable)
+
+
 @pytest.mark.parametrize(
     "data",
     [
