@@ -28,16 +28,17 @@ from loadtests.cluster import NoCluster
 from loadtests.kube_scheduler import REFUSED, KubeScheduler, cluster_of
 from loadtests.options import add_options, options_of
 from loadtests.shapes import SHAPES
-from loadtests.summary import Recorder, console, table_of
+from loadtests.summary import Histogram, Recorder, console, table_of
 from loadtests.tenants import Tenant
 
 __all__ = ["Agents", "Echo", "KubeScheduler", "Tenant"]
 
 MISUSE = 2
+LOOK_SECONDS = 0.02
 SHAPE_SECONDS = 60.0  # unless -t says more
 STOP_SECONDS = 5.0  # for users to finish what they are at, and to leave nothing behind
 
-recorder = Recorder()
+recorder, lateness = Recorder(), Histogram()
 began, ended = {"wall": 0.0, "cpu": 0.0}, {"wall": 0.0, "cpu": 0.0}
 
 if os.environ.get("LOAD_SHAPE"):
@@ -90,8 +91,17 @@ def check_options(environment: Environment, **_: object) -> None:
 
 @events.test_start.add_listener
 def begin(**_: object) -> None:
-    """The clock runs from here."""
+    """The clock runs from here, and so does a watch over locust itself."""
     began.update(wall=time.monotonic(), cpu=time.process_time())
+    gevent.spawn(watch_ourselves)
+
+
+def watch_ourselves() -> None:
+    """How late locust comes to what it wants to do: by as much its times may be wrong."""
+    while not ended["wall"]:
+        due = time.monotonic() + LOOK_SECONDS
+        gevent.sleep(LOOK_SECONDS)
+        lateness.add(1000 * (time.monotonic() - due))
 
 
 @events.test_stopping.add_listener
@@ -140,6 +150,7 @@ def sum_up(environment: Environment, **_: object) -> None:
         "shape": os.environ.get("LOAD_SHAPE", ""),
         "seconds": round(seconds, 2),
         "driver_cpu_share": round((ended["cpu"] - began["cpu"]) / seconds, 3),
+        "driver_late": lateness.as_json(),
         "rows": rows,
         "failures": failures,
     }

@@ -125,7 +125,9 @@ def _play(part: Part, options: argparse.Namespace, service: subprocess.Popen[byt
         summary = _summary_of(name, driver.returncode, options.out)
         summary["service_cpu_share"] = round(used / seconds, 3)
         summary["service_mib"] = _peak_mib(service.pid)
-        paper.print(table_of(f"{name}, {seconds} s, milliseconds", summary["rows"]))
+        late = summary.get("driver_late", {}).get("p90_ms", 0.0)
+        title = f"{name}, {seconds} s, milliseconds; locust itself was late by {late:.1f} (p90)"
+        paper.print(table_of(title, summary["rows"]))
         yield summary
 
 

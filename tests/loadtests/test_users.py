@@ -141,6 +141,7 @@ def test_the_whole_run_ends_well_and_leaves_its_files(tmp_path):
     parts = {part["name"]: part for part in summary["parts"]}
     assert list(parts) == ["alone", "beside agents", "agents", "arrivals"]
     assert summary["failures"] == []
+    assert parts["alone"]["driver_late"]["p99_ms"] > 0
     filtered = row(parts["alone"], "filter 6")
     assert filtered["p50_ms"] <= filtered["p90_ms"] <= filtered["p99_ms"] <= filtered["max_ms"]
     assert filtered["to_echo"]["p50"] > 0
