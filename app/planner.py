@@ -42,6 +42,8 @@ NODES_IN_A_PIECE = 40  # pickled at once: about 1.5 ms for eight GPUs each
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
 LIVED_SECONDS = 60.0  # a child that lived so long has not failed at its start
+REST = 9  # times as long as a plan took, nothing is planned after it: a tenth of a core goes into planning at most
+LONGEST_REST_SECONDS = 5.0  # a plan is much older than that only where planning takes seconds
 GRACE_SECONDS = 30.0  # to hear what is said; and beyond a plan's time limit: its model, and a busy machine
 SETTLE_SECONDS = 0.01  # between two turns of bringing old prices up to date
 HEADER_BYTES = 8
@@ -263,11 +265,15 @@ class Planner:
             self._asked_tables = set(self.tables)
             await child.say(Begin(self._policy, tuple(self.tables.values())))
             self.words = "running"
+            spent = 0.0
             while not ears.done():
-                await asyncio.sleep(self._interval_seconds)
+                await asyncio.sleep(max(self._interval_seconds, min(REST * spent, LONGEST_REST_SECONDS)))
+                spent = 0.0
                 if self._ready():
                     await self._ask_for_tables(child)
+                    began = self._clock()
                     await self._plan_if_changed(child, ears)
+                    spent = self._clock() - began
                     await self._ask_for_a_forecast(child)
             ears.result()
         finally:
