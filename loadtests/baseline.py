@@ -7,13 +7,15 @@
          ◀───────── same reply ───
 
 So both have the same bytes both ways, through the same client, moments apart, and never at the same time: neither
-waits for a core that the other has. With many kube-schedulers only those wait that an echo is made for.
+waits for a core that the other has. And the echo has rested as long: a call after a pause takes longer, whoever is
+asked. With many kube-schedulers only those wait that an echo is made for.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import gevent
 from gevent.event import Event
 from gevent.queue import Empty, Queue
 from locust import FastHttpUser, constant, task
@@ -22,16 +24,20 @@ from locust.env import Environment
 from loadtests.options import ANSWER_SECONDS, connect, options_of, payload
 from loadtests.summary import ECHO, SET_UP
 
+REST_SECONDS = 0.001
+"""Between telling the echo its reply and asking for it: about as long as Tangram has rested meanwhile."""
+
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """A call that was answered: its name in the tables, and what went both ways."""
+    """A call that was answered: its name in the tables, what went both ways, and the pause that came before it."""
 
     name: str
     path: str
     headers: dict[str, str]
     request: bytes
     reply: bytes
+    pause_seconds: float
     repeated: Event = field(default_factory=Event)
 
 
@@ -84,6 +90,7 @@ class Echo(FastHttpUser):
             if self.taught.get(exchange.path) != exchange.reply:
                 self.client.put(f"/taught{exchange.path}", data=payload(exchange.reply), name=SET_UP)
                 self.taught[exchange.path] = exchange.reply
+            gevent.sleep(max(exchange.pause_seconds, REST_SECONDS))
             self._repeat(exchange)
         finally:
             exchange.repeated.set()

@@ -81,6 +81,7 @@ class KubeScheduler(FastHttpUser):
         self.sizes = sizes_of(self.options.sizes, len(self.cluster.names))
         self.turn = self.rng.randrange(1000)
         self.checked = False
+        self.pause_seconds = 0.0
 
     def on_stop(self) -> None:
         """Leave nothing behind."""
@@ -89,7 +90,8 @@ class KubeScheduler(FastHttpUser):
     def wait_time(self) -> float:
         """Its own work for a pod: filters and scores of its own, its cache."""
         mean = self.options.think_seconds
-        return self.rng.expovariate(1 / mean) if mean else 0.0
+        self.pause_seconds = self.rng.expovariate(1 / mean) if mean else 0.0
+        return self.pause_seconds
 
     @task
     def schedule_one(self) -> None:
@@ -187,7 +189,8 @@ class KubeScheduler(FastHttpUser):
                 answer.failure("answered with a node that was not asked about")
             if path == "/bind":
                 answer.request_meta["context"][REFUSED] = bool(value["Error"])
-        DESK.leave(Exchange(name, path, self.headers, body, reply))
+        pause = self.pause_seconds if path == "/filter" else 0.0
+        DESK.leave(Exchange(name, path, self.headers, body, reply, pause))
         return value
 
     def _check_that_nothing_is_proposed(self, pod: PodSpec) -> None:
