@@ -18,7 +18,7 @@ from solver import DEFAULT_POLICY
 from tests.bench import changed, check, fits, growth, states
 from tests.bench.__main__ import PARTS, Done, Part, chosen, run_part, summary
 from tests.bench.client import Client
-from tests.bench.driver import MOST_AT_ONCE, Load
+from tests.bench.driver import MOST_AT_ONCE, Load, asks_for
 from tests.bench.echo import Echo
 from tests.bench.figures import Spread, Target, in_units, show_targets, spread, target_of, write
 from tests.bench.machine import machine, words
@@ -411,3 +411,15 @@ def test_a_trace_tells_stays(tmp_path):
     file.write_text("name,deletion_time,scheduled_time\na,100,40\nb,,40\n")
 
     assert list(states.read_stays(file)) == [60.0, 0.0]
+
+
+def test_the_driver_asks_a_node_for_what_it_can_give():
+    """Pods that can never fit would be no load, and the stated rate not the real one."""
+    asked = {name: asks_for({"node": name, "gpus": gpus}) for name, gpus in BOARDS.items()}
+
+    assert all(ask.endswith("gb") for ask in asked["cut"])
+    assert not any(ask.endswith("gb") for ask in asked["whole"])
+    assert set(asked["both"]) == set(HELD)
+
+
+BOARDS = {"whole": [{"mig": None}], "cut": [{"mig": {}}], "both": [{"mig": None}, {"mig": {}}]}

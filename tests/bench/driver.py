@@ -27,13 +27,15 @@ import orjson
 import uvloop
 
 from app.driver import CallFailed, Connections, args_body, binding_body, pod_object
-from tests.bench.world import HELD, new_pod
+from tests.bench.world import ASKS, HELD, new_pod
 
 MOST_AT_ONCE = 256
 """Events that may wait for their answers; beyond it one is dropped and counted: the service is overrun."""
 
 CHANGING_NODES = 500
 """So many nodes send the changes; the others' reports need not be kept."""
+
+SLICES = "nvidia.com/mig-"
 
 STATE_CHANGES = 10
 """Every so manyth change is one of the node's state."""
@@ -64,6 +66,7 @@ class Load:
         self._lines = Connections("127.0.0.1", port)
         self._beats = {said["node"]: _beat(said) for said in reports}
         self._names = list(self._beats)
+        self._asks = {said["node"]: asks_for(said) for said in reports}
         self._turn = 0
         self._changing = list(reports[:CHANGING_NODES])
         self._pods: deque[str] = deque()
@@ -92,7 +95,8 @@ class Load:
 
     async def pod(self) -> None:
         """One pod is bound, and the oldest ends."""
-        pod, node = new_pod(self._rng, self._rng.choice(HELD)), self._rng.choice(self._names)
+        node = self._rng.choice(self._names)
+        pod = new_pod(self._rng, self._rng.choice(self._asks[node]))
         filtered = orjson.loads(await self._lines.post("/filter", args_body(pod_object(pod), [node])))
         if (
             filtered["NodeNames"]
@@ -139,6 +143,12 @@ class Load:
             self.done.failed += 1
             if len(self.done.faults) < 5:
                 self.done.faults.append(str(fault))
+
+
+def asks_for(said: dict[str, Any]) -> list[str]:
+    """What of HELD can run on the node at all: slices on GPUs in MIG mode, the rest on others."""
+    modes = {gpu["mig"] is not None for gpu in said["gpus"]}
+    return [ask for ask in HELD if (ASKS[ask][0].startswith(SLICES)) in modes]
 
 
 def _beat(said: dict[str, Any]) -> bytes:
