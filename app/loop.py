@@ -91,8 +91,8 @@ class LoopWatch:
     """Looks every few milliseconds how late it is: by so much was the loop blocked, by one callback or several.
 
     `wall` is how long others waited, `own` what of that this thread was really at work: the rest the machine has
-    given to other processes. A look costs 3 µs while the loop is busy, 40 with the waking while it rests: 0.1 to 0.8 % of
-    a core (measured, decision 0012).
+    given to other processes. A look costs 3 µs while the loop is busy, 40 with the waking while it rests: 0.1 to 0.8 %
+    of a core (measured, decision 0012).
 
     With `tell_seconds` a thread of its own looks on and logs where the loop is when it has worked for so long.
     Inside C code that keeps Python's lock it sees only the line that follows.
