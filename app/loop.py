@@ -37,9 +37,13 @@ class Turns:
     def __init__(self) -> None:
         self._until = time.perf_counter() + TURN_SECONDS
 
+    def lasts(self) -> bool:
+        """Whether there is time left in this turn."""
+        return time.perf_counter() < self._until
+
     async def over(self) -> None:
         """A piece is done: if the turn has lasted long enough, it is over."""
-        if time.perf_counter() >= self._until:
+        if not self.lasts():
             await asyncio.sleep(0)
             self._until = time.perf_counter() + TURN_SECONDS
 

@@ -110,6 +110,10 @@ class Offers:
             most = None if most is None else most - 1
         return bool(self._dirty)
 
+    def catch_up(self, go_on: Callable[[], bool]) -> bool:
+        """Bring prices up to date with the rows, which is else left to whoever asks next; False: there is more."""
+        return self._ranking.catch_up(go_on)
+
     def sweep(self, names: Iterable[str], *, now: float) -> list[str]:
         """Look at these nodes' age; returns those that are offered again after a fault."""
         back = []

@@ -412,6 +412,8 @@ class Service:
         turns = Turns()
         while self.offers.refresh(now=self.clock(), most=1):
             await turns.over()
+        while not self.offers.catch_up(turns.lasts):
+            await turns.over()
 
     def _pod_event(self, event: Event) -> None:
         if event.type == "DELETED":

@@ -365,10 +365,8 @@ class Ranking:
             row = self._add(demand)
         else:
             self._rows.move_to_end(demand)
-        while self._changed:
-            if not go_on():
-                return None
-            self._catch_up(next(iter(self._changed)))
+        if not self.catch_up(go_on):
+            return None
         if row.missing:
             alone = Known((demand,))
             while row.missing:
@@ -384,6 +382,17 @@ class Ranking:
         if self._unfinished.pop(demand, None) is not None:
             row.missing.clear()  # gives back what a set of all columns took: 0.5 MB at 5,000 nodes
         return row
+
+    def catch_up(self, go_on: Callable[[], bool]) -> bool:
+        """Bring every row up to date with the nodes that have changed, which is else left to the next question.
+
+        False where `go_on()` ended it: there is more.
+        """
+        while self._changed:
+            if not go_on():
+                return False
+            self._catch_up(next(iter(self._changed)))
+        return True
 
     def _add(self, demand: Demand) -> _Row:
         number = len(self._rows)
