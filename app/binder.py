@@ -17,7 +17,7 @@ Bind may be called twice, in any order with the other verbs, and for pods that a
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -61,7 +61,7 @@ class Binder:
         kube: Kube | None,
         journal: Journal | None,
         waiting_for: Callable[[], list[str]],
-        term: Callable[[], int],
+        term: Callable[[], Hashable],
         clock: Callable[[], float],
     ) -> None:
         self._settings = settings
@@ -163,7 +163,7 @@ class Binder:
             return f"it is not known whether {pod.ref} was bound: {error}"
 
     async def _bind_to(
-        self, kube: Kube, journal: Journal, pod: Pod, placement: Placement, term: int, latest: float
+        self, kube: Kube, journal: Journal, pod: Pod, placement: Placement, term: Hashable, latest: float
     ) -> str:
         """Its slices, its entry in the journal, its Binding; begun anew where its devices are exchanged meanwhile.
 
@@ -175,36 +175,38 @@ class Binder:
             if placement is not before:
                 continue
             if isinstance(uuids, Refusal):
-                return self._not_made(pod, placement, uuids)
+                return self._not_made(pod, placement, uuids, term)
             if self._is_over(term, latest):
-                return self._taken_back(pod.ref, OUT_OF_TIME)
+                return self._taken_back(pod.ref, OUT_OF_TIME, term)
             try:
                 await journal.declare(Intent(pod.ref, placement.node, placement.devices))
             except Refused as error:
-                return self._taken_back(pod.ref, f"its bind could not be declared: {error}")
+                return self._taken_back(pod.ref, f"its bind could not be declared: {error}", term)
             placement, before = self._exchanged(pod.ref, placement), placement
             if placement is not before:
                 continue
             if self._is_over(term, latest) or not self._still_ours(pod.ref, placement):
-                return self._taken_back(pod.ref, OUT_OF_TIME)
+                return self._taken_back(pod.ref, OUT_OF_TIME, term)
             why_not = await self._create_binding(kube, pod, placement, uuids, term, latest)
-            return self._refused_there(pod.ref, placement.node, why_not) if why_not else ""
+            if not why_not:
+                return ""
+            self.check(placement.node, f"its last bind was refused: {why_not}")
+            return self._taken_back(pod.ref, why_not, term)
 
-    def _is_over(self, term: int, latest: float) -> bool:
+    def _is_over(self, term: Hashable, latest: float) -> bool:
         """Whether nothing may be sent any more for a bind that began in that term."""
         return self._clock() >= latest or self._term() != term or bool(self._waiting_for())
 
-    def _taken_back(self, pod: PodRef, why: str) -> str:
-        """Nothing was sent, or it was refused: the devices are free again."""
+    def _taken_back(self, pod: PodRef, why: str, term: Hashable) -> str:
+        """Nothing was sent, or it was refused: the devices are free again.
+
+        In another term what the pod holds may be what somebody else has declared for it; that is settled.
+        """
         hold = self._ledger.get(pod.uid)
-        self._ledger.forget(pod.uid)
-        if hold is not None:
+        if hold is not None and self._term() == term:
+            self._ledger.forget(pod.uid)
             self._truth.made_room(hold.node)
         return f"{pod} was not bound: {why}"
-
-    def _refused_there(self, pod: PodRef, node: str, why: str) -> str:
-        self.check(node, f"its last bind was refused: {why}")
-        return self._taken_back(pod, why)
 
     def _exchanged(self, pod: PodRef, placement: Placement) -> Placement:
         """The placement; where the pod is promised other devices of the same node by now, one with those."""
@@ -214,13 +216,12 @@ class Binder:
         same = hold.devices == placement.devices
         return placement if same else Placement(hold.node, hold.devices, hold.prices)
 
-    def _not_made(self, pod: Pod, placement: Placement, why: Refusal) -> str:
+    def _not_made(self, pod: Pod, placement: Placement, why: Refusal, term: Hashable) -> str:
         """Its slices were not made: the devices are free again."""
-        self._ledger.forget(pod.ref.uid)
+        self._taken_back(pod.ref, why.reason, term)
         self._offers.refresh(now=self._clock())
         self._orders.refresh([placement.node])
         self._handing.refresh([placement.node])
-        self._truth.made_room(placement.node)
         self._truth.refused(pod, why.reason)
         return why.reason
 
@@ -279,7 +280,7 @@ class Binder:
         return not isinstance(self._again(hold), Refusal)
 
     async def _create_binding(
-        self, kube: Kube, pod: Pod, placement: Placement, uuids: Mapping[Device, str], term: int, latest: float
+        self, kube: Kube, pod: Pod, placement: Placement, uuids: Mapping[Device, str], term: Hashable, latest: float
     ) -> str:
         """Bind, for the version that is known; again where the pod had changed. Why not, if it definitely was not.
 

@@ -91,6 +91,7 @@ class Journal:
         self.taken = False
         """Whether it is ours, as far as we know."""
         self._adopted = False
+        self.takes = 0
         self.writes = 0
         self.declared = 0
 
@@ -103,6 +104,7 @@ class Journal:
         """
         async with self._writing:
             first = first and not self._version
+            self.takes += 1
             self._lose("the journal of binds is being taken")
             self._mark = secrets.token_hex(8)
             try:
@@ -119,7 +121,7 @@ class Journal:
     def _begin(self, journal: Json, entries: tuple[Intent, ...] | Unreadable) -> tuple[Intent, ...] | Unreadable:
         self._version = journal["metadata"]["resourceVersion"]
         known = () if isinstance(entries, Unreadable) else entries
-        self._named = {each.pod.uid: _line(each) for each in known}
+        self._named = {each.pod.uid: line_of(each) for each in known}
         self.taken = True
         return entries
 
@@ -152,7 +154,7 @@ class Journal:
         if before is not None:
             _end(before.named, Conflict("something else was declared for this pod"))
         named: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting[uid] = Waiting(uid, _line(intent), named)
+        self._waiting[uid] = Waiting(uid, line_of(intent), named)
         self._asked.set()
         await named
 
@@ -276,7 +278,8 @@ def _end(named: asyncio.Future[None], error: KubeError | None) -> None:
         named.set_exception(error)
 
 
-def _line(intent: Intent) -> str:
+def line_of(intent: Intent) -> str:
+    """As the journal names it."""
     pod = intent.pod
     said = {
         "uid": pod.uid,

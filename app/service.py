@@ -162,7 +162,7 @@ class Service:
             kube=kube,
             journal=self.journal,
             waiting_for=self.waiting_for,
-            term=self._current_term,
+            term=self._stint,
             clock=clock,
         )
         self._tasks: list[asyncio.Task[None]] = []
@@ -289,6 +289,10 @@ class Service:
 
     def _current_term(self) -> int:
         return self.lease.term if self.lease is not None else 0
+
+    def _stint(self) -> tuple[int, int]:
+        """What is promised in one is not valid in the next: the Lease or the journal has been another's between."""
+        return self._current_term(), self.journal.takes if self.journal is not None else 0
 
     def _watch(
         self,

@@ -9,10 +9,10 @@ from typing import Any, cast
 import pytest
 
 from app.errors import Conflict, Refused, Unknown
-from app.journal import HOLDER, SUFFIX
+from app.journal import HOLDER, SUFFIX, Intent, line_of
 from app.kube import Kube
 from app.ledger import Phase
-from app.translate import FENCE_ANNOTATION, PLACEMENT_ANNOTATION, Written, read_placement, write_placement
+from app.translate import FENCE_ANNOTATION, PLACEMENT_ANNOTATION, PodRef, Written, read_placement, write_placement
 from solver import Device
 from tests.app.line import TURNS_UNDER_WAY, Fate, Line, Post
 from tests.app.world import GPU, World
@@ -32,12 +32,13 @@ def phase(world: World, name: str) -> Phase | None:
     return hold.phase if hold else None
 
 
-def taken_by_another(world: World) -> None:
+def taken_by_another(world: World, *declared: Intent) -> None:
     """Another process has written its name into the journal, and binds of its own."""
     settings = world.settings
     key = f"{settings.namespace}/{settings.lease_name}{SUFFIX}"
     journal = copy.deepcopy(world.kube.objects["configmaps"][key])
     journal["metadata"]["annotations"][HOLDER] = "another"
+    journal["data"]["binds"] = "\n".join(line_of(each) for each in declared)
     world.kube._put("configmaps", key, journal, "MODIFIED")
 
 
@@ -508,6 +509,29 @@ async def test_a_process_that_ends_in_order_leaves_an_empty_journal():
         world.add_pod("p", {GPU: "1"})
         assert await world.bind("p", "h1") == ""
     assert world.journal() == {}
+
+
+async def test_a_bind_that_outlives_its_term_does_not_give_up_what_another_holder_has_declared(world):
+    """Theirs may still arrive: only the fence frees it."""
+    world.add_pod("p", {GPU: "1"})
+    world.add_pod("q", {GPU: "1"})
+    world.kube.hold["bind"] = asyncio.Event()
+    bind = asyncio.create_task(world.bind("p", "h1"))
+    await world.until(lambda: "bind" in world.kube.calls)
+    theirs = Device(world.gpus("h2")[5])
+    taken_by_another(world, Intent(PodRef("uid-p", "default", "p"), "h2", (theirs,)))
+    assert "could not be declared" in await world.bind("q", "h1")
+    await world.until(lambda: not world.service.waiting_for())
+
+    world.kube.hold["annotate_pod"] = asyncio.Event()
+    fence = {"annotations": {FENCE_ANNOTATION: "theirs"}}
+    world.kube.change_pod("p", lambda pod: pod["metadata"].update(fence))
+    world.kube.hold.pop("bind").set()
+    assert await bind != ""
+    assert (phase(world, "p"), world.devices("p")) == (Phase.ASSUMED, (str(theirs),))
+
+    world.kube.hold.pop("annotate_pod").set()
+    await world.until(lambda: phase(world, "p") is None)
 
 
 # -- restart ------------------------------------------------------------------------------------------
