@@ -62,7 +62,9 @@ class Settings(BaseSettings):
 
     kubeconfig: Path | None = Field(default=None, description="kubeconfig file; absent: the pod's own service account")
     namespace: str = Field(default="tangram-system", description="where the Lease and the agents' account live")
-    lease_name: str = Field(default="tangram", description="name of the Lease: one holder serves")
+    lease_name: str = Field(
+        default="tangram", description="name of the Lease: one holder serves; the Role that ships allows this name only"
+    )
     identity: str = Field(
         default_factory=_host_identity,
         description="who we are in the Lease; a restarted container of the same pod keeps it, and so need not wait",
