@@ -25,6 +25,7 @@ from rich.console import Console
 
 from tests.bench.figures import Target, show_targets, target_of
 from tests.bench.machine import machine, words
+from tests.bench.world import end_with_parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ def run_part(part: Part, out: Path, console: Console, *, quick: bool) -> Done:
     began = time.monotonic()
     minutes = part.quick_minutes if quick else part.minutes
     failed = ""
-    process = subprocess.Popen(part.command(figures, quick=quick))
+    process = subprocess.Popen(part.command(figures, quick=quick), preexec_fn=end_with_parent)
     try:
         status = process.wait(timeout=60 * minutes)
         failed = f"ended with status {status}" if status else ""

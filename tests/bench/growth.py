@@ -45,7 +45,7 @@ from tests.bench.client import Client
 from tests.bench.figures import Spread, spread
 from tests.bench.fits import Growth, Panel, growth, plot
 from tests.bench.machine import machine, resident_mib, words
-from tests.bench.world import ASKS, GPU, Asker, fill, new_pod, reports_of, service, write_inventory
+from tests.bench.world import ASKS, GPU, Asker, end_with_parent, fill, new_pod, reports_of, service, write_inventory
 
 OUT = Path("out/bench/growth.json")
 PLOT = Path("docs/bench/growth.png")
@@ -250,7 +250,9 @@ def run(options: argparse.Namespace, console: Console) -> Iterator[Point]:
             command += ["--seconds", str(options.seconds), "--of", str(QUICK_NODES if options.quick else NODES)]
             command += [] if options.most_nodes is None else ["--most-nodes", str(options.most_nodes)]
             began = time.monotonic()
-            said = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=900).stdout
+            said = subprocess.run(
+                command, stdout=subprocess.PIPE, check=True, timeout=900, preexec_fn=end_with_parent
+            ).stdout
             found = point_of(json.loads(said))
             took = found.times["filter, HTTP"]
             spent = time.monotonic() - began

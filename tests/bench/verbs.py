@@ -52,6 +52,7 @@ from tests.bench.world import (
     ASKS,
     Server,
     echo,
+    end_with_parent,
     fill,
     knows_most_nodes,
     new_pod,
@@ -284,7 +285,7 @@ def driven(tangram: Server, inventory: Path, nodes: int) -> Iterator[dict[str, A
     asked = [part for name, rate in rates.items() for part in (f"--{name}", str(rate))]
     command = [sys.executable, "-m", "tests.bench.driver", "--port", str(tangram.port), "--inventory", str(inventory)]
     did: dict[str, Any] = {"rates": rates}
-    with subprocess.Popen([*command, *asked], stdout=subprocess.PIPE) as driver:
+    with subprocess.Popen([*command, *asked], stdout=subprocess.PIPE, preexec_fn=end_with_parent) as driver:
         try:
             time.sleep(3)  # until it has read the fleet
             yield did

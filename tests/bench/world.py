@@ -7,8 +7,10 @@ half. They are half full by pods of all kinds, so that states vary. All of it co
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -57,6 +59,7 @@ MOST_HELD = 6
 """Tries of pods to put on a node: from none to so many, about half of which fit."""
 
 START_SECONDS = 300.0
+PR_SET_PDEATHSIG = 1
 
 
 def reports_of(nodes: int, *, seed: int = 1) -> list[NodeReport]:
@@ -146,7 +149,10 @@ def echo(*, log: Path) -> Iterator[Server]:
 def process(command: Sequence[str], *, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process of ours, ended with the block."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("TANGRAM_")}
-    with log.open("ab") as sink, subprocess.Popen(command, stdout=sink, stderr=sink, env=clean) as started:
+    with (
+        log.open("ab") as sink,
+        subprocess.Popen(command, stdout=sink, stderr=sink, env=clean, preexec_fn=end_with_parent) as started,
+    ):
         try:
             yield started
         finally:
@@ -155,6 +161,12 @@ def process(command: Sequence[str], *, log: Path) -> Iterator[subprocess.Popen[b
                 started.wait(30)
             except subprocess.TimeoutExpired:
                 started.kill()
+
+
+def end_with_parent() -> None:
+    """In a child: have the kernel end it should its parent be killed without a last word (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def knows_most_nodes() -> bool:
