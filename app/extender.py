@@ -4,6 +4,7 @@ All of it is dictionary work on the event loop. Every verb may be called twice, 
 are never heard of again.
 """
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from itertools import chain, groupby, islice
 from operator import itemgetter
 
 from app.ledger import Hold, Ledger
+from app.loop import Turns
 from app.offers import Offers, head, in_brief
 from app.refusals import Refusals
 from app.schedule import Schedule
@@ -23,7 +25,7 @@ from solver import Demand, Placement, Refusal
 from solver.prices import Prices
 
 RANK_STEP = 1000  # ×10 by kube-scheduler: one rank outweighs all in-tree scores together (about 1,400)
-LOOK_EVERY = 512  # nodes between two looks at the clock
+LOOK_EVERY = 32  # nodes between two looks at the clock
 FEW = 4  # asked about fewer than this part of the nodes that fit, those are sorted anew
 REASONS_KEPT = 3
 DETAILED_NODES = 8  # with more nodes than this left out, kube-scheduler gets reasons without their details:
@@ -65,12 +67,28 @@ class Extender:
 
     # -- filter ---------------------------------------------------------------------------------------
 
+    async def filter_in_turns(self, args: Args, *, trial: bool = False) -> Filtered:
+        """The same as `filter`: what was never worked out before is, with turns for others in between."""
+        go_on = self._until_deadline()
+        while (result := self._filter(args, go_on=Turns().lasts, trial=trial)) is None:
+            if not go_on():
+                return self._too_late()
+            await asyncio.sleep(0)
+        return result
+
     def filter(self, args: Args, *, trial: bool = False) -> Filtered:
         """The nodes that fit, and why each of the others does not. A `trial` leaves no trace.
 
         Where more fit than the settings want in an answer it is the best of them, and nobody is told of the others:
         kube-scheduler reads reasons only where nothing fits.
         """
+        return self._filter(args, go_on=self._until_deadline(), trial=trial) or self._too_late()
+
+    def _too_late(self) -> Filtered:
+        return Filtered(error=f"filter took longer than {self._settings.cycle_deadline_seconds} s; ask again")
+
+    def _filter(self, args: Args, *, go_on: Callable[[], bool], trial: bool) -> Filtered | None:
+        """None where `go_on()` ended it; asked again it gets further."""
         pod = self._pod(args.pod, trial=trial)
         if isinstance(pod, NotNow):
             return Filtered(error=pod.reason)
@@ -83,10 +101,9 @@ class Extender:
         hold = self._ledger.get(pod.ref.uid)
         if hold is not None and hold.firm:
             return _only(hold, args.names)
-        go_on = self._until_deadline()
         prices = self._offers.prices(pod.ask, go_on)
         if prices is None:
-            return Filtered(error=f"filter took longer than {self._settings.cycle_deadline_seconds} s; ask again")
+            return None
         refused = self._refusals.on(pod.ask)
         most = self._settings.most_nodes
         if most and len(args.names) > most and not has_preferences(args.pod):
@@ -100,7 +117,7 @@ class Extender:
         if not fitting or left is None:
             left = self._left_out(pod.ask, args.names, set(fitting), refused, go_on)
             if left is None:
-                return Filtered(error=f"filter took longer than {self._settings.cycle_deadline_seconds} s; ask again")
+                return None
         if not trial:
             self._note(pod, pod.ask, args.names, fitting, left)
         return Filtered(fitting, left)

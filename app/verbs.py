@@ -8,8 +8,7 @@ cannot read gets words in a 200, since kube-scheduler reads no other body.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Mapping
 
 from app import wire
 from app.asgi import App, Message, Receive, Send, answer, refuse
@@ -18,7 +17,6 @@ from app.service import Service
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 TRIAL_HEADER = b"x-tangram-dry-run"
 """With `true` filter and prioritize leave no trace: load testers ask a live service so."""
 
@@ -61,27 +59,24 @@ class Verbs:
     async def _filter(self, body: bytes | BadInput, scope: Message) -> bytes:
         args: wire.Args | None = None
         try:
-            read = args = wire.parse_args(_readable(body))
-            trial = _is_trial(scope)
-            result = _guarded(
-                "filter",
-                lambda: self._extender.filter(read, trial=trial),
-                lambda error: wire.Filtered(error=error),
-            )
+            args = wire.parse_args(_readable(body))
+            result = await self._extender.filter_in_turns(args, trial=_is_trial(scope))
         except BadInput as error:
             result = wire.Filtered(error=str(error))
+        except Exception as crash:
+            result = wire.Filtered(error=_fault("filter", crash))
         self._metrics.answers.labels("filter", _kind(result)).inc()
         return wire.render_filter(result, args)
 
     async def _prioritize(self, body: bytes | BadInput, scope: Message) -> bytes:
         try:
             args = wire.parse_args(_readable(body))
-            trial = _is_trial(scope)
-            scores = _guarded(
-                "prioritize", lambda: self._extender.prioritize(args, trial=trial), lambda _: wire.Scored()
-            )
+            scores = self._extender.prioritize(args, trial=_is_trial(scope))
         except BadInput as error:
             log.warning("prioritize: %s", error)
+            scores = wire.Scored()
+        except Exception as crash:
+            _fault("prioritize", crash)
             scores = wire.Scored()
         self._metrics.answers.labels("prioritize", "scored" if scores else "empty").inc()
         return wire.render_scores(scores)
@@ -92,17 +87,18 @@ class Verbs:
         except BadInput as bad:
             error = str(bad)
         except Exception as crash:
-            log.exception("bind")
-            error = f"a fault inside Tangram: {type(crash).__name__}"
+            error = _fault("bind", crash)
         self._metrics.answers.labels("bind", "refused" if error else "bound").inc()
         return wire.render_error(error)
 
     async def _preempt(self, body: bytes | BadInput, _: Message) -> bytes:
         try:
-            args = wire.parse_preempt(_readable(body))
-            victims = _guarded("preempt", lambda: self._extender.preempt(args), lambda _: {})
+            victims = self._extender.preempt(wire.parse_preempt(_readable(body)))
         except BadInput as error:
             log.warning("preempt: %s", error)
+            victims = {}
+        except Exception as crash:
+            _fault("preempt", crash)
             victims = {}
         self._metrics.answers.labels("preempt", "kept" if victims else "none").inc()
         return wire.render_preempt(victims)
@@ -135,15 +131,10 @@ def _is_trial(scope: Message) -> bool:
     return any(name == TRIAL_HEADER and value.lower() == b"true" for name, value in scope["headers"])
 
 
-def _guarded(verb: str, call: Callable[[], T], failed: Callable[[str], T]) -> T:
+def _fault(verb: str, crash: Exception) -> str:
     """Our own bugs become words for the caller and a traceback in our log; the ledger is never half changed."""
-    try:
-        return call()
-    except BadInput:
-        raise
-    except Exception as crash:
-        log.exception("%s", verb)
-        return failed(f"a fault inside Tangram: {type(crash).__name__}")
+    log.error("%s", verb, exc_info=crash)
+    return f"a fault inside Tangram: {type(crash).__name__}"
 
 
 def _kind(result: wire.Filtered) -> str:

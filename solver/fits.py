@@ -6,7 +6,7 @@ To add one: a function and an entry in `CHECKS`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from solver.cluster import Allocation, Device, Gpu, Node, Taken, allocations, devices_of
@@ -15,7 +15,7 @@ from solver.geometry import Profile, Slice, Version, cut
 from solver.goals import DEFAULT_POLICY, steps_of
 from solver.guests import Guest, Guests, may_join
 from solver.pack import cheapest_on
-from solver.steps import Room, read, slice_steps, terms_allow_kind
+from solver.steps import Room, RoomState, read, slice_steps, terms_allow_kind
 
 SHOWN = 4
 """GPUs named in one refusal; the rest are counted."""
@@ -168,19 +168,18 @@ def refusal(node: Node, taken: Iterable[Taken], demand: Demand) -> Refusal | Non
     return refusal_in(read(node, taken), taken, demand)
 
 
-def refusal_in(room: Room, taken: Iterable[Taken], demand: Demand) -> Refusal | None:
-    """The same where the node has been read already."""
+def refusal_in(
+    room: Room, taken: Iterable[Taken], demand: Demand, *, empty: Callable[[], RoomState] | None = None
+) -> Refusal | None:
+    """The same where the node has been read already. `empty` tells its state if nothing were held, where that is known:
+    what exists on the boards is idle then."""
     there = allocations(taken)
     for check in CHECKS:
         reason = check(demand, room, there)
         if reason is not None:
-            return Refusal(reason, _would_fit_empty(room, demand))
+            state = empty() if empty is not None else read(room.node).state
+            return Refusal(reason, resolvable=cheapest_on(state, demand, DEFAULT_POLICY) is not None)
     return None
-
-
-def _would_fit_empty(room: Room, demand: Demand) -> bool:
-    """Whether the demand would fit if nothing were held. What exists on the boards is idle then."""
-    return cheapest_on(read(room.node).state, demand, DEFAULT_POLICY) is not None
 
 
 def _is_the_kind(demand: Demand, gpu: Gpu) -> bool:

@@ -150,6 +150,13 @@ class _Entry:
     taken: tuple[Taken, ...]
     column: int
     refusals: dict[Demand, Refusal | None] = field(default_factory=dict)
+    _empty: RoomState | None = None
+
+    def empty(self) -> RoomState:
+        """Its state if nothing were held."""
+        if self._empty is None:
+            self._empty = read(self.room.node).state
+        return self._empty
 
 
 @dataclass(slots=True)
@@ -312,7 +319,7 @@ class Ranking:
         if demand not in entry.refusals:
             if len(entry.refusals) >= KNOWN_REFUSALS:
                 entry.refusals.clear()
-            entry.refusals[demand] = refusal_in(entry.room, entry.taken, demand)
+            entry.refusals[demand] = refusal_in(entry.room, entry.taken, demand, empty=entry.empty)
         return entry.refusals[demand]
 
     # -- the table --
