@@ -113,6 +113,8 @@ def _secure(config: uvicorn.Config, settings: Settings, *, client_ca: Path | Non
         config.load()
     except (OSError, ssl.SSLError) as error:
         raise BadInput(f"cannot use {settings.cert}, {settings.key} and {settings.client_ca}: {error}") from error
+    if config.ssl is not None:
+        config.ssl.num_tickets = 0  # kube-scheduler opens a connection for most binds, and resumes no session
 
 
 def _config(app: App, host: str, port: int) -> uvicorn.Config:
@@ -124,6 +126,8 @@ def _config(app: App, host: str, port: int) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        date_header=False,
+        proxy_headers=False,
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=20,
