@@ -263,13 +263,19 @@ class _Arc(NamedTuple):
 # --- units with their columns ---
 
 
-@dataclass(slots=True)
-class Column:
-    """A bundle that a unit can serve, its price on the scale, and how to serve it."""
+class Column(NamedTuple):
+    """A bundle that a unit can serve, its price on the scale, and what tells how to serve bundles.
+
+    There are a hundred thousand of them, and ways are asked of few.
+    """
 
     bundle: Packed
     price: int
-    way: Callable[[], Way]
+    ways: Callable[[Packed], Way]
+
+    def way(self) -> Way:
+        """How to serve it."""
+        return self.ways(self.bundle)
 
 
 @dataclass(slots=True)
@@ -338,16 +344,13 @@ class Catalogue:
         if found is None:
             return Columns(unit, count, False)
         shut = sum(MASK << BITS * d for d in unit.barred)
-        return Columns(
-            unit,
-            count,
-            True,
-            {
-                bundle: Column(bundle, course.price, partial(self._small_way, unit.state, bundle))
-                for bundle, course in found.items()
-                if bundle and not bundle & shut
-            },
-        )
+        ways = partial(self._small_way, unit.state)
+        columns = {
+            bundle: Column(bundle, course.price, ways)
+            for bundle, course in found.items()
+            if bundle and not bundle & shut
+        }
+        return Columns(unit, count, True, columns)
 
     def _small_way(self, state: State, bundle: Packed) -> Way:
         return numbered(self.courses.way(state, bundle))
@@ -361,6 +364,10 @@ class Catalogue:
         """The step of a demand that changes nothing."""
         found = offers(state, self.demands[d].host_need, self.scale.policy)
         return ((d, 0, found[0].step),)
+
+    def loose_ways(self, state: Host, d: int) -> Callable[[Packed], Way]:
+        """The same for a column."""
+        return lambda _: self.loose_way(state, d)
 
     def _of_room(self, unit: Unit, state: RoomState, count: int) -> Columns:
         """Every bundle that the host and the cuts can serve together."""
@@ -380,8 +387,8 @@ class Catalogue:
                 hosted = self._on_host.to(state.host, more) if slices is not None else None
                 if slices is None or hosted is None:
                     continue
-                way = partial(self._room_way, state, stages, more, cut_up)
-                found[more] = Column(more, slices + hosted.price, way)
+                ways = partial(self._room_way, state, stages, cut_up)
+                found[more] = Column(more, slices + hosted.price, ways)
                 if len(found) > BUNDLES:
                     return Columns(unit, count, False)
                 stack.append((d, more, cut_up))
@@ -407,8 +414,8 @@ class Catalogue:
         self,
         state: RoomState,
         stages: Sequence[tuple[Cut | None, dict[Packed, int]]],
-        bundle: Packed,
         pieces: Packed,
+        bundle: Packed,
     ) -> Way:
         """The host's steps, then those of each cut, given to the demands that want such slices."""
         found = list(numbered(self._on_host.way(state.host, bundle)))

@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -468,8 +467,7 @@ class _Part:
                     continue
                 price = self.catalogue.courses.stays(host, need)
                 if price is not None and (best is None or price < best.column.price):
-                    way = partial(self.catalogue.loose_way, host, d)
-                    best = Taking(unit, Column(packed(d), price, way), loose=True)
+                    best = Taking(unit, Column(packed(d), price, self.catalogue.loose_ways(host, d)), loose=True)
             if best is not None:
                 found.append(best)
         return found

@@ -43,7 +43,7 @@ class Position:
 
     def column(self) -> Column:
         """What these units serve."""
-        return Column(self.bundle, self.price, self.way)
+        return Column(self.bundle, self.price, lambda _: self.way())
 
     def way(self) -> Way:
         """How they serve it."""

@@ -142,4 +142,4 @@ class Pools:
         price = sum(values[v] * price for v, price in pool.prices)
         way = tuple(found)
         assert all(bundle >> BITS * d & MASK == values[v] for d, v in pool.serving.items())
-        return Column(bundle, price, lambda: way)
+        return Column(bundle, price, lambda _: way)
