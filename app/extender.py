@@ -25,7 +25,6 @@ from solver import Demand, Placement, Refusal
 from solver.prices import Prices
 
 RANK_STEP = 1000  # ×10 by kube-scheduler: one rank outweighs all in-tree scores together (about 1,400)
-LOOK_EVERY = 32  # nodes between two looks at the clock
 FEW = 4  # asked about fewer than this part of the nodes that fit, those are sorted anew
 REASONS_KEPT = 3
 DETAILED_NODES = 8  # with more nodes than this left out, kube-scheduler gets reasons without their details:
@@ -162,15 +161,13 @@ class Extender:
             for name in others:
                 left.setdefault(self._why_not(demand, name, refused), []).append(name)
             return left
-        briefs, looked = self._offers.briefs(demand), 0
+        shut_out = [name for name in others if name not in refused] if refused else others
+        if not self._offers.learn_briefs(demand, shut_out, go_on):
+            return None
+        briefs = self._offers.briefs(demand)
         for name in others:
-            why = briefs.get(name)
-            if why is None or name in refused:
-                looked += 1
-                if looked % LOOK_EVERY == 0 and not go_on():
-                    return None
-                why = in_brief(self._why_not(demand, name, refused)) if name in refused else None
-                why = why or self._offers.brief_refusal(demand, name)
+            why = in_brief(self._why_not(demand, name, refused)) if name in refused else briefs.get(name)
+            why = why or self._offers.brief_refusal(demand, name)
             if why in left:
                 left[why].append(name)
             else:

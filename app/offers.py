@@ -31,6 +31,8 @@ View = tuple[Node, tuple[Taken, ...]]
 BRIEF_DEMANDS = 32
 """Kinds of demand of which it is remembered in brief why each node does not fit: 0.4 MB each at 5,000 nodes."""
 
+LOOK_EVERY = 32  # nodes between two looks at the clock
+
 
 class Offers:
     """The nodes that may be offered now, their prices, and why the others may not."""
@@ -209,6 +211,19 @@ class Offers:
     def brief_refusal(self, demand: Demand, name: str) -> Refusal:
         """The same without details: thousands of nodes have few different ones. Remembered until the node changes."""
         return self.briefs(demand).get(name) or self._brief(demand, name)
+
+    def learn_briefs(self, demand: Demand, names: Iterable[str], go_on: Callable[[], bool]) -> bool:
+        """Work out what is to be remembered of these nodes, none of which fits; False where `go_on()` ended it.
+
+        All that is done here is remembered: whoever begins anew after each turn gets to the end nevertheless.
+        """
+        briefs, looked = self.briefs(demand), 0
+        for name in [name for name in names if name not in briefs and self._inventory.get(name) is not None]:
+            if looked and looked % LOOK_EVERY == 0 and not go_on():
+                return False
+            self._brief(demand, name)
+            looked += 1
+        return True
 
     def briefs(self, demand: Demand) -> Mapping[str, Refusal]:
         """What is remembered of that."""
