@@ -9,7 +9,7 @@ what was worked out for one of them.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -27,7 +27,7 @@ from solver.goals import DEFAULT_POLICY, WORST_MILLI, Policy, offers, prices_of
 from solver.pack import cheapest_on, is_one_slice, pack
 from solver.plan import Placement
 from solver.prices import Prices
-from solver.steps import Host, Room, RoomState, Step, host_steps, read
+from solver.steps import Host, Room, RoomState, State, Step, host_steps, read
 
 KNOWN_DEMANDS = 1024
 """Demands whose rows are kept up; the one not asked for longest goes first. At 5,000 nodes a row is 80 kB."""
@@ -172,6 +172,20 @@ class _Row:
     heard: int = -1
 
 
+@dataclass(frozen=True, slots=True)
+class Variety:
+    """How many things the nodes are that differ: what a new demand costs grows with these, and not with nodes."""
+
+    nodes: int
+    states: int
+    hosts: int
+    """Different nodes, were it not for their GPUs in MIG mode."""
+    cuts: int
+    """Different GPUs in MIG mode."""
+    demands: int
+    """Kinds of demand that are kept up."""
+
+
 def _is_small(policy: Policy) -> bool:
     """Whether the policy's totals fit into a machine word: with several tiers they may not."""
     return sum(policy.factors().values()) * WORST_MILLI < NONE // 2
@@ -195,6 +209,8 @@ class Ranking:
         self._names: list[str] = []  # by column; empty: the column is free
         self._free: list[int] = []
         self._alike: dict[RoomState, set[int]] = {}  # columns that are up to date, by the state they stand for
+        self._hosts: Counter[State] = Counter()  # in how many of these states
+        self._cuts: Counter[State] = Counter()
         self._changed: dict[int, None] = {}
         self._old: dict[int, None] = {}  # columns with prices of the policy before
         self._rows: OrderedDict[Demand, _Row] = OrderedDict()
@@ -210,6 +226,11 @@ class Ranking:
     def policy(self) -> Policy:
         """What prices are made by."""
         return self._pricer.policy
+
+    @property
+    def variety(self) -> Variety:
+        """How many are different, but for nodes that have changed since prices were last worked out. Costs nothing."""
+        return Variety(len(self._nodes), len(self._alike), len(self._hosts), len(self._cuts), len(self._rows))
 
     # -- what changes --
 
@@ -351,11 +372,22 @@ class Ranking:
 
     def _unlike(self, entry: _Entry) -> None:
         """The column no longer stands for its state."""
-        together = self._alike.get(entry.room.state, set())
+        state = entry.room.state
+        together = self._alike.get(state, set())
         together.discard(entry.column)
-        if not together:
-            self._alike.pop(entry.room.state, None)
+        if not together and self._alike.pop(state, None) is not None:
+            self._count(state, -1)
         self._old.pop(entry.column, None)
+
+    def _count(self, state: RoomState, by: int) -> None:
+        """A state has come (1) or gone (-1), and its parts with it."""
+        self._hosts[state.host] += by
+        if not self._hosts[state.host]:
+            del self._hosts[state.host]
+        for each, _ in state.cuts:
+            self._cuts[each] += by
+            if not self._cuts[each]:
+                del self._cuts[each]
 
     def _tell(self, name: str) -> None:
         """Every row's prices by name must look at this node again."""
@@ -422,7 +454,10 @@ class Ranking:
     def _catch_up(self, column: int) -> None:
         """Bring the column of a changed node up to date: as another in its state, or worked out for all of them."""
         state = self._state_of(column)
-        together = self._alike.setdefault(state, set())
+        if state not in self._alike:
+            self._alike[state] = set()
+            self._count(state, 1)
+        together = self._alike[state]
         twin = next((each for each in together if each not in self._old), None)
         together.add(column)
         del self._changed[column]

@@ -206,3 +206,25 @@ def test_prices_by_name_are_kept_of_the_latest_demands_only(monkeypatch: pytest.
         for name in "ac":
             fresh.put(node(name))
         assert ranking.prices(demand) == fresh.prices(demand)
+
+
+def test_it_says_how_many_different_things_its_nodes_are() -> None:
+    """What a new demand costs grows with these; they are counted as states come and go, so asking costs nothing."""
+    ranking = Ranking()
+    nodes = parse_samples("8xH100:3,8xA100-mig:2")
+    for each in nodes:
+        ranking.put(each)
+    ranking.prices(Demand.of(1))
+    alike = ranking.variety
+    assert (alike.nodes, alike.states, alike.hosts, alike.cuts, alike.demands) == (5, 2, 2, 1, 1)
+
+    busy = nodes[0]
+    ranking.put(busy, [Device(busy.gpus[0].uuid)])
+    ranking.prices(Demand.of(1))
+    assert (ranking.variety.states, ranking.variety.hosts, ranking.variety.cuts) == (3, 3, 1)
+
+    ranking.put(busy)
+    ranking.remove(nodes[-1].name)
+    ranking.remove(nodes[-2].name)
+    ranking.prices(Demand.of(1))
+    assert (ranking.variety.nodes, ranking.variety.states, ranking.variety.hosts, ranking.variety.cuts) == (3, 1, 1, 0)
