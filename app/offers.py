@@ -23,7 +23,7 @@ from solver.cluster import GPU_MILLI, Allocation, Taken, allocations, devices_of
 from solver.geometry import faults
 from solver.guests import guests_of, may_join
 from solver.prices import Prices
-from solver.rank import RENEWED_STATES
+from solver.rank import RENEWED_STATES, Variety
 
 View = tuple[Node, tuple[Taken, ...]]
 
@@ -57,6 +57,7 @@ class Offers:
         self._briefs: OrderedDict[Demand, dict[str, Refusal]] = OrderedDict()
         self.updated = 0
         """How many times a node's rows were made anew: work that must grow with changes only."""
+        self.updated_at: float | None = None
 
     # -- keeping up -----------------------------------------------------------------------------------
 
@@ -132,6 +133,7 @@ class Offers:
 
     def _update(self, name: str, *, now: float) -> None:
         self.updated += 1
+        self.updated_at = now
         self._news.add(name)
         self._looked_at.add(name)
         self._forget_briefs(name)
@@ -172,6 +174,11 @@ class Offers:
         self._ranking.settle(RENEWED_STATES)
         self._old_nodes -= RENEWED_STATES
         return self._old_nodes > 0
+
+    @property
+    def variety(self) -> Variety:
+        """How many different things the offered nodes are."""
+        return self._ranking.variety
 
     # -- asking ---------------------------------------------------------------------------------------
 
@@ -217,12 +224,12 @@ class Offers:
 
         All that is done here is remembered: whoever begins anew after each turn gets to the end nevertheless.
         """
-        briefs, looked = self.briefs(demand), 0
-        for name in [name for name in names if name not in briefs and self._inventory.get(name) is not None]:
-            if looked and looked % LOOK_EVERY == 0 and not go_on():
+        briefs = self.briefs(demand)
+        missing = [name for name in names if name not in briefs and self._inventory.get(name) is not None]
+        for number, name in enumerate(missing):
+            if number and number % LOOK_EVERY == 0 and not go_on():
                 return False
             self._brief(demand, name)
-            looked += 1
         return True
 
     def briefs(self, demand: Demand) -> Mapping[str, Refusal]:
