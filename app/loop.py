@@ -28,6 +28,9 @@ USUAL_THRESHOLDS = gc.get_threshold()
 TIDY_SECONDS = 0.1
 RARELY = 1_000_000  # young collections between two full ones: never by itself
 
+LISTENERS = ("scrape", "costs")
+"""Who asks for the longest since they last asked: Prometheus, and what the page shows."""
+
 T = TypeVar("T")
 
 
@@ -66,16 +69,21 @@ class Late:
     counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS) + 1))
     total: float = 0.0
     longest: float = 0.0
-    longest_lately: float = 0.0
-    """Since somebody last asked."""
+    longest_lately: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LISTENERS, 0.0))
+    """Since each of them last took it."""
 
     def note(self, seconds: float) -> None:
         """Count one look."""
         self.counts[bisect_left(BUCKETS, seconds)] += 1
         self.total += seconds
-        if seconds > self.longest_lately:
-            self.longest_lately = seconds
-            self.longest = max(self.longest, seconds)
+        for listener, worst in self.longest_lately.items():
+            if seconds > worst:
+                self.longest_lately[listener] = seconds
+                self.longest = max(self.longest, seconds)
+
+    def over(self, bound: float) -> int:
+        """How many looks were later than this, which must be one of BUCKETS."""
+        return sum(self.counts[BUCKETS.index(bound) + 1 :])
 
     def buckets(self) -> list[tuple[str, float]]:
         """Upper bounds and how many were no later, as Prometheus wants them."""
@@ -85,9 +93,9 @@ class Late:
             found.append((bound, float(so_far)))
         return found
 
-    def take_longest_lately(self) -> float:
-        """The worst since the last call."""
-        worst, self.longest_lately = self.longest_lately, 0.0
+    def take_longest_lately(self, listener: str) -> float:
+        """The worst since the listener's last call."""
+        worst, self.longest_lately[listener] = self.longest_lately[listener], 0.0
         return worst
 
 

@@ -155,6 +155,10 @@ def public_routes(service: Service, trust: Trust) -> APIRouter:
     async def plan() -> Response:
         return _json(orjson.dumps(service.views.plan(service.schedule, service.planner)))
 
+    @router.get("/v1/costs")
+    async def costs() -> Response:
+        return _json(orjson.dumps(service.costs.shown()))
+
     if service.kube is None:
 
         @router.delete("/v1/pods/{uid}")

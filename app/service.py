@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import UTC, datetime
 
 from app.binder import Binder
+from app.costs import Costs
 from app.errors import BadInput, KubeError
 from app.events import Events
 from app.extender import Extender
@@ -116,6 +117,7 @@ class Service:
         self.metrics = Metrics(self._gauges, self.loop)
         self.schedule = Schedule()
         self.planner = self._planner() if settings.planning else None
+        self.costs = Costs(self.metrics, self.loop, self.ledger, self.inventory, self.offers, self.planner, clock=clock)
         self.lease: Lease | None = None
         self.journal: Journal | None = None
         self.watches: tuple[Watch, ...] = ()
@@ -469,6 +471,7 @@ class Service:
     async def _do_chores(self) -> None:
         while True:
             now = self.clock()
+            self.costs.look()
             self.ledger.expire(before=now - self.settings.proposal_seconds)
             async for _ in in_turns(self.truth.settle()):
                 pass

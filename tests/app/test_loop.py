@@ -62,8 +62,9 @@ async def test_waiting_for_others_is_not_our_own_work(watch):
 async def test_the_longest_is_told_once_to_who_asks_and_kept_from_the_start(watch):
     watch.wall.note(1.5)
 
-    assert watch.wall.take_longest_lately() >= 1.5
-    assert watch.wall.take_longest_lately() < 1.5
+    assert watch.wall.take_longest_lately("scrape") >= 1.5
+    assert watch.wall.take_longest_lately("scrape") < 1.5
+    assert watch.wall.take_longest_lately("costs") >= 1.5, "everybody hears of it"
     assert watch.wall.longest >= 1.5
 
 

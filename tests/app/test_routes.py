@@ -111,6 +111,16 @@ async def test_the_plan_says_that_planning_is_off(client):
     assert (plan["planning"], plan["status"], plan["demands"]) == (False, None, [])
 
 
+async def test_the_service_says_what_it_costs(client):
+    """One pod went through every verb; the numbers themselves are in `test_costs`."""
+    await place(client, pod_json("p", {GPU: "2"}))
+    costs = (await client.get("/v1/costs")).json()
+
+    assert {verb: said["answers"] for verb, said in costs["verbs"].items()} == {"filter": 1, "prioritize": 1, "bind": 1}
+    assert all(0 < said["lately"]["p50_seconds"] <= 12 for said in costs["verbs"].values())
+    assert (costs["sizes"]["nodes"], costs["sizes"]["pods_held"], costs["sizes"]["demands"]) == (3, 1, 1)
+
+
 async def test_waiting_pods_are_shown_with_the_reason(client):
     names = await nodes(client)
     await client.post("/filter", json={"Pod": pod_json("p", {GPU: "9"}), "Nodes": None, "NodeNames": names})
