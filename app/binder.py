@@ -121,12 +121,13 @@ class Binder:
         waiting_for = self._waiting_for()
         if waiting_for:
             return f"Tangram is not ready: waiting for {', '.join(waiting_for)}"
+        term = self._term()
         await self._stop_settling(args.pod.uid)
         try:
             pod = await self._find(args.pod)
         except KubeError as error:
             return f"cannot read {args.pod}: {error}"
-        refusal = _unbindable(pod, args)
+        refusal = _unbindable(pod, args) or (OUT_OF_TIME if self._is_over(term, latest) else "")
         if refusal:
             return refusal
         assert isinstance(pod.ask, Demand)
@@ -138,7 +139,6 @@ class Binder:
         if hold is not None and hold.phase is Phase.HELD and hold.node == args.node:
             return ""
         promised_before = hold is not None and hold.firm
-        term = self._term()
         devices = self._assume(pod, pod.ask, args.node)
         if isinstance(devices, Refusal):
             reason = f"{args.node}: {devices.reason}"
@@ -432,7 +432,8 @@ class Binder:
         return fenced
 
     async def stop_settling(self) -> None:
-        """At a new term: what was found out before it is not enough any more."""
+        """At a new term: what was found out before it is not enough any more, and who was to be fenced may be gone."""
+        self._unfenced.clear()
         settling = list(self._settling.values())
         for task in settling:
             task.cancel()

@@ -1,0 +1,143 @@
+"""Terms that begin and end at the worst moment: in the middle of fencing, of a bind, of an exchange."""
+
+import asyncio
+import copy
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from app.errors import Conflict, Unknown
+from app.journal import HOLDER, SUFFIX, Intent, line_of
+from app.ledger import Phase
+from app.translate import PodRef
+from solver import Device
+from tests.app.world import GPU, World
+from tests.fakes import FakeKube
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    async with World({"h1": "8xH100", "h2": "8xH100"}).running() as running:
+        yield running
+
+
+def phase(world: World, name: str) -> Phase | None:
+    hold = world.service.ledger.get(f"uid-{name}")
+    return hold.phase if hold else None
+
+
+def take_journal(world: World, *declared: Intent, binds: str | None = None) -> None:
+    """Another process has written its name into the journal, and binds of its own, or something else."""
+    key = f"{world.settings.namespace}/{world.settings.lease_name}{SUFFIX}"
+    journal = copy.deepcopy(world.kube.objects["configmaps"][key])
+    journal["metadata"]["annotations"][HOLDER] = "another"
+    journal["data"]["binds"] = "\n".join(line_of(each) for each in declared) if binds is None else binds
+    world.kube._put("configmaps", key, journal, "MODIFIED")
+
+
+async def until_retaken(world: World) -> None:
+    """The journal is found to be another's, and is taken again."""
+    journal = world.service.journal
+    assert journal is not None
+    takes = journal.takes
+    with pytest.raises(Conflict):
+        await journal.declare(Intent(PodRef("uid-x", "default", "x"), "h1", (Device("GPU-x"),)))
+    await world.until(lambda: journal.takes > takes and journal.taken)
+
+
+async def test_a_pod_that_was_to_be_fenced_in_an_earlier_term_and_is_gone_keeps_nobody_waiting(world):
+    world.add_pod("p", {GPU: "1"})
+    await world.until(lambda: "uid-p" in world.service.truth.pods)
+    world.kube.hold["annotate_pod"] = asyncio.Event()
+    take_journal(world, binds="nonsense")
+    await until_retaken(world)
+    await world.until(lambda: world.service.binder.unfenced)
+
+    world.service.lease._renewed = None  # the term ends in the middle of it
+    await world.until(lambda: not world.service.binder._settling)
+    world.kube.remove_pod("p")
+    world.kube.hold.pop("annotate_pod").set()
+    await world.until(lambda: not world.service.waiting_for(), 5)
+
+
+async def test_a_bind_that_began_in_the_term_before_declares_nothing_in_this_one(world):
+    """Between taking the journal and adopting it nobody knows yet what another holder has declared for the pod."""
+    world.add_pod("p", {GPU: "1"})
+    await world.until(lambda: "uid-p" in world.service.truth.pods)
+    del world.service.truth.pods["uid-p"]
+    world.kube.hold["get_pod"] = asyncio.Event()
+    bind = asyncio.create_task(world.bind("p", "h1"))
+    await world.until(lambda: "get_pod" in world.kube.calls)
+
+    world.kube.hold["list"] = asyncio.Event()
+    theirs = Intent(PodRef("uid-p", "default", "p"), "h2", (Device(world.gpus("h2")[5]),))
+    take_journal(world, theirs)
+    await until_retaken(world)
+    world.kube.hold["annotate_pod"] = asyncio.Event()
+    made = world.service.orders.made
+
+    async def made_late(*args: Any) -> Any:
+        await world.until(lambda: not world.service.waiting_for())
+        return await made(*args)
+
+    world.service.orders.made = made_late
+    world.kube.hold.pop("get_pod").set()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    world.kube.hold.pop("list").set()
+    assert await bind != ""
+    await world.until(lambda: not world.service.waiting_for())
+    assert "bind" not in world.kube.calls
+    assert (phase(world, "p"), world.devices("p")) == (Phase.ASSUMED, (str(theirs.devices[0]),))
+    assert world.journal()["uid-p"][0] == "h2"
+    world.kube.hold.pop("annotate_pod").set()
+    await world.until(lambda: phase(world, "p") is None)
+
+
+async def test_a_fence_of_the_term_before_does_not_free_what_was_declared_after_it(world):
+    """It came before the journal was taken: a former holder may have read the pod since, and sent a Binding."""
+    world.add_pod("p", {GPU: "1"})
+    world.kube.before["bind"] = fails_once(world.kube, "bind")
+    answer = asyncio.Event()
+    annotate, fenced = world.kube.annotate_pod, []
+
+    async def slow_answer(*args: object, **more: object) -> str:
+        version = await annotate(*args, **more)
+        fenced.append(version)
+        if len(fenced) == 1:
+            await answer.wait()
+        return version
+
+    world.kube.annotate_pod = slow_answer
+    # the term ends while the journal cannot be taken; a bind of the term before ends, and is settled
+    world.kube.hold["bind"] = asyncio.Event()
+    bind = asyncio.create_task(world.bind("p", "h1"))
+    await world.until(lambda: "bind" in world.kube.calls)
+    theirs = Intent(PodRef("uid-p", "default", "p"), "h2", (Device(world.gpus("h2")[5]),))
+    world.kube.hold["get_config_map"] = asyncio.Event()
+    world.service.lease._renewed = None
+    world.service.lease.term += 1
+    await world.until(lambda: world.service.journal and not world.service.journal.taken)
+    world.kube.hold.pop("bind").set()
+    assert await bind != ""
+    await world.until(lambda: fenced)
+    take_journal(world, theirs)
+    world.kube.hold.pop("get_config_map").set()
+    world.kube.hold["get_pod"] = asyncio.Event()
+    await world.until(lambda: not world.service.waiting_for())
+    assert (phase(world, "p"), world.devices("p")) == (Phase.ASSUMED, (str(theirs.devices[0]),))
+    answer.set()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert (phase(world, "p"), world.devices("p")) == (Phase.ASSUMED, (str(theirs.devices[0]),))
+    world.kube.hold.pop("get_pod").set()
+    await world.until(lambda: phase(world, "p") is None)
+
+
+def fails_once(kube: FakeKube, verb: str) -> object:
+    def fail() -> None:
+        kube.before.pop(verb)
+        raise Unknown("timeout")
+
+    return fail
