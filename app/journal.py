@@ -156,7 +156,10 @@ class Journal:
         named: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[uid] = Waiting(uid, line_of(intent), named)
         self._asked.set()
-        await named
+        try:
+            await named
+        finally:
+            del named  # it has the error, which has this frame: a circle that nobody would collect (decision 0012)
 
     def tidy(self) -> None:
         """Have what has ended left out, if nothing was written for some time: called now and then."""
@@ -229,22 +232,25 @@ class Journal:
     async def _put(self, text: str) -> None:
         """Replace the entries. An unknown outcome, and a conflict with a late write of our own, is looked up.
 
-        Raises Refused where the journal has another's name, or is gone.
+        Raises Refused where the journal has another's name, is gone, or cannot be written whatever its version.
         """
         while True:
-            pause = 0.0
+            pause, sent, conflict = 0.0, self._version, ""
             try:
-                body = self._body(text, self._version)
+                body = self._body(text, sent)
                 made = await self._kube.replace_config_map(self._namespace, self._name, body, timeout=WRITE_SECONDS)
                 self._version = made["metadata"]["resourceVersion"]
                 return
             except Conflict as error:
                 log.info("writing the journal of binds: %s", error)
+                conflict = str(error)
             except Unknown as error:
                 log.info("writing the journal of binds: %s", error)
                 pause = RETRY_SECONDS
             if await self._says(text):
                 return
+            if conflict and self._version == sent:
+                raise Refused(conflict)  # whatever it is, it is not the version
             await asyncio.sleep(pause)
 
     async def _says(self, text: str) -> bool:

@@ -1,7 +1,10 @@
 """The journal of binds: what is sent has been named, many at once, and whoever takes it finds everything."""
 
 import asyncio
+import contextlib
 import copy
+import gc
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -209,6 +212,36 @@ async def test_when_it_cannot_be_written_at_all_it_is_not_ours(desk, error):
     with pytest.raises(Conflict):
         await desk.declare("p")
     assert not desk.journal.taken
+
+
+async def test_a_conflict_for_another_reason_than_the_version_is_a_refusal(desk):
+    """An admission webhook, say: it would be the same for ever, and nobody would know why no bind is made."""
+
+    def conflict() -> None:
+        raise Conflict("409 for a reason of its own")
+
+    desk.kube.before["replace_config_map"] = conflict
+    with pytest.raises(Conflict, match="a reason of its own"):
+        await asyncio.wait_for(desk.declare("p"), 5)
+    assert not desk.journal.taken
+    assert writes(desk) <= 3
+
+
+async def test_declarations_that_are_refused_leave_no_garbage_that_refers_to_itself(desk, caplog):
+    """Nobody would collect it (decision 0012)."""
+    caplog.set_level(logging.CRITICAL)  # what is captured would keep the errors
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        desk.kube.before["replace_config_map"] = fails(Refused("403"))
+        with contextlib.suppress(Conflict):
+            await desk.declare("p", "q")
+        gc.collect()
+        left = [type(each).__name__ for each in gc.garbage if type(each).__module__.startswith(("app", "solver"))]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+    assert left == []
 
 
 async def test_a_caller_who_gives_up_disturbs_nobody(desk):
