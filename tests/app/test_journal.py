@@ -230,12 +230,16 @@ async def test_a_conflict_for_another_reason_than_the_version_is_a_refusal(desk)
 async def test_declarations_that_are_refused_leave_no_garbage_that_refers_to_itself(desk, caplog):
     """Nobody would collect it (decision 0012)."""
     caplog.set_level(logging.CRITICAL)  # what is captured would keep the errors
+
+    def refuse() -> None:
+        raise Refused("403")
+
+    desk.kube.before["replace_config_map"] = refuse
     gc.collect()
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
-        desk.kube.before["replace_config_map"] = fails(Refused("403"))
         with contextlib.suppress(Conflict):
-            await desk.declare("p", "q")
+            await desk.journal.declare(intent("p"))
         gc.collect()
         left = [type(each).__name__ for each in gc.garbage if type(each).__module__.startswith(("app", "solver"))]
     finally:
