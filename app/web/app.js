@@ -10,6 +10,7 @@ const MANY_PODS = 3000;       // above this, held pods are asked for every tenth
 const SWEEP_MS = 15000;       // how often a filter walks all pages of a large cluster
 const SILENT_SECONDS = 30;    // a report older than this is pointed out
 const SAMPLES = 120;          // points of the small curves
+const MOMENTS = 1200;         // of what it costs; when there are more, every other one is forgotten
 const PHASES = ["waiting", "proposed", "assumed", "held", "leaving"];
 
 const TAKEN = ["assumed", "held", "leaving"];
@@ -19,6 +20,7 @@ const $ = (id) => document.getElementById(id);
 const seen = {
   cluster: null, nodes: [], pods: [], answeredAt: 0, failedSince: 0, error: "", polls: 0,
   pagesBefore: [], after: null, sweep: null, history: { gpus: [], units: [] }, pod: null, node: null,
+  costs: null, moments: [],
 };
 const choice = {
   words: [], phase: "", view: "map",
@@ -38,6 +40,14 @@ function h(tag, props, ...children) {
     else el.setAttribute(key, value === true ? "" : value);
   }
   el.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== ""));
+  return el;
+}
+
+/** The same of SVG. */
+function svg(tag, props, ...children) {
+  const el = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [key, value] of Object.entries(props || {})) el.setAttribute(key, value);
+  el.append(...children);
   return el;
 }
 
@@ -432,12 +442,7 @@ function drawFigures(totals) {
 }
 
 function curve() {
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  svg.setAttribute("viewBox", `0 0 ${SAMPLES} 26`);
-  svg.setAttribute("preserveAspectRatio", "none");
-  svg.setAttribute("aria-hidden", "true");
-  svg.append(document.createElementNS("http://www.w3.org/2000/svg", "polyline"));
-  return svg;
+  return svg("svg", { viewBox: `0 0 ${SAMPLES} 26`, preserveAspectRatio: "none", "aria-hidden": "true" }, svg("polyline"));
 }
 
 function remember(totals) {
@@ -445,6 +450,131 @@ function remember(totals) {
   add(seen.history.gpus, totals.gpus_held, totals.gpus - totals.mig_gpus);
   add(seen.history.units, totals.mig_units_held, totals.mig_units);
 }
+
+// ---------------------------------------------------------------------------------------------- what it costs
+
+const mib = (number) => (number === null ? "–" : `${number.toLocaleString("en", { maximumFractionDigits: number < 10 ? 1 : 0 })} MiB`);
+const often = (perSecond) => perSecond.toLocaleString("en", { maximumFractionDigits: perSecond < 10 ? 2 : 0 });
+
+/** A short time, to about two digits. */
+function brief(seconds) {
+  if (seconds === null) return "–";
+  const ms = 1000 * seconds;
+  return seconds >= 1 ? `${seconds.toFixed(1)} s` : `${ms.toFixed(ms < 1 ? 2 : ms < 10 ? 1 : 0)} ms`;
+}
+
+const COST_COLUMNS = [
+  { title: "Answers", of: (v) => v.answers.toLocaleString("en") },
+  { title: "p50", of: (v) => brief(v.p50_seconds) },
+  { title: "p99", of: (v) => brief(v.p99_seconds) },
+  { title: "Per second, lately", of: (v) => often(v.lately.per_second) },
+  { title: "p50, lately", of: (v) => brief(v.lately.p50_seconds) },
+  { title: "p99, lately", of: (v) => brief(v.lately.p99_seconds) },
+];
+
+const COST_MACHINE = [
+  ["Longest block", (c) => `${brief(c.loop.wall.longest_seconds)} since its start, ${brief(c.loop.wall.longest_lately_seconds)} lately`],
+  ["… of its own work", (c) => `${brief(c.loop.own.longest_seconds)} since its start, ${brief(c.loop.own.longest_lately_seconds)} lately`],
+  ["Over 20 ms", (c) => `${plural(c.loop.wall.over_20_ms, "look")} of ${c.loop.looks.toLocaleString("en")}, ${c.loop.own.over_20_ms.toLocaleString("en")} by its own work`],
+  ["Memory of the service", (c) => mib(c.memory_mib.service)],
+  ["Memory of the planning process", (c) => mib(c.memory_mib.planning)],
+];
+
+const COST_SIZES = [
+  ["Nodes", (c) => `${c.sizes.nodes.toLocaleString("en")}, ${c.sizes.nodes_offered.toLocaleString("en")} of them offered`],
+  ["Pods held", (c) => c.sizes.pods_held.toLocaleString("en")],
+  ["Kinds of demand known", (c) => c.sizes.demands.toLocaleString("en")],
+  ["Different node states", (c) => c.sizes.states.toLocaleString("en")],
+  ["… of hosts", (c) => `${c.sizes.hosts.toLocaleString("en")} (nodes without their GPUs in MIG mode)`],
+  ["… of GPUs in MIG mode", (c) => c.sizes.mig_gpus.toLocaleString("en")],
+  ["Nodes looked at anew", (c) => `${c.rows.updated.toLocaleString("en")}, lately ${often(c.rows.per_second)} per second` +
+    (c.rows.last_seconds_ago === null ? "" : `, the last ${ago(c.rows.last_seconds_ago)} ago`)],
+];
+
+const PLOTS = [
+  { key: "filter", title: "Filter, lately", words: brief, least: 0.001, lines: [["p50", (m) => m.p50], ["p99", (m) => m.p99]] },
+  { key: "memory", title: "Memory", words: mib, least: 1, lines: [["service", (m) => m.service], ["planning process", (m) => m.planning]] },
+];
+
+function rememberCosts(costs) {
+  if (costs.missing) return;
+  seen.costs = costs;
+  const { p50_seconds: p50, p99_seconds: p99 } = costs.verbs.filter.lately;
+  seen.moments.push({ at: Date.now(), p50, p99, ...costs.memory_mib });
+  if (seen.moments.length > MOMENTS) seen.moments = seen.moments.filter((_, i) => i % 2 === 1);
+}
+
+function drawCosts() {
+  const costs = seen.costs;
+  $("no-costs").hidden = Boolean(costs);
+  $("costs-body").hidden = !costs;
+  if (!costs) return;
+  text($("costs-since"), `since its start ${ago(costs.up_seconds)} ago; lately: the last ${Math.round(costs.lately_seconds)} s`);
+  drawCostTable(costs.verbs);
+  drawFacts($("cost-machine"), COST_MACHINE, costs);
+  drawFacts($("cost-sizes"), COST_SIZES, costs);
+  PLOTS.forEach(drawPlot);
+}
+
+function drawCostTable(verbs) {
+  const table = $("cost-table");
+  if (!table.tHead.rows[0].childElementCount) {
+    table.tHead.rows[0].append(h("th", { scope: "col" }, "Call"),
+      ...COST_COLUMNS.map((column) => h("th", { scope: "col", class: "number" }, column.title)));
+  }
+  keyed(table.tBodies[0], Object.entries(verbs), ([verb]) => verb, ([, said]) => JSON.stringify(said),
+    ([verb, said]) => h("tr", {}, h("th", { scope: "row" }, verb), COST_COLUMNS.map((column) => h("td", { class: "number" }, column.of(said)))));
+}
+
+function drawFacts(list, lines, costs) {
+  if (!list.childElementCount) list.append(...lines.flatMap(([title]) => [h("dt", {}, title), h("dd", {})]));
+  list.querySelectorAll("dd").forEach((dd, i) => text(dd, lines[i][1](costs)));
+}
+
+/** Lines over time, from 0 to the most that was seen; where nothing is known there is a gap. */
+function drawPlot(plot) {
+  const el = $(`plot-${plot.key}`) || makePlot(plot);
+  const moments = seen.moments;
+  const [first, last] = [moments[0].at, moments.at(-1).at];
+  const most = Math.max(plot.least, ...moments.flatMap((m) => plot.lines.map(([, of]) => of(m) ?? 0)));
+  const x = (m) => (last > first ? (1000 * (m.at - first)) / (last - first) : 1000);
+  plot.lines.forEach(([, of], i) => {
+    el.querySelector(`.box .line-${i}`).setAttribute("d", pathOf(moments.map((m) => [x(m), of(m)]), (y) => 100 - (96 * y) / most));
+  });
+  const now = plot.lines.map(([name, of]) => `${name} ${plot.words(of(moments.at(-1)))}`);
+  el.querySelectorAll(".names b").forEach((b, i) => text(b, now[i]));
+  const span = last > first ? `${ago((last - first) / 1000)}, since this page was opened` : "this page was just opened";
+  text(el.querySelector(".scale"), `0 to ${plot.words(most)}`);
+  text(el.querySelector(".span"), span);
+  el.querySelector(".box").setAttribute("aria-label", `${plot.title}: ${now.join(", ")}; 0 to ${plot.words(most)}; ${span}`);
+}
+
+function makePlot(plot) {
+  const line = (i) => svg("path", { class: `line-${i}`, d: "M0 5 L36 5" });
+  const names = plot.lines.map((_, i) => h("span", {}, svg("svg", { viewBox: "0 0 36 10", "aria-hidden": "true" }, line(i)), h("b", {})));
+  const box = svg("svg", { class: "box", viewBox: "0 0 1000 100", preserveAspectRatio: "none", role: "img" },
+    ...plot.lines.map((_, i) => svg("path", { class: `line-${i}` })));
+  const el = h("figure", { class: "plot", id: `plot-${plot.key}` }, h("figcaption", {}, plot.title), h("p", { class: "names" }, names), box,
+    h("p", {}, h("span", { class: "scale" }), h("span", { class: "span" })));
+  $("plots").append(el);
+  return el;
+}
+
+function pathOf(points, y) {
+  let inLine = false;
+  const parts = [];
+  for (const [x, value] of points) {
+    const known = value !== null && value !== undefined;
+    if (known) {
+      const at = `${x.toFixed(1)} ${y(value).toFixed(1)}`;
+      parts.push(inLine ? `L${at}` : `M${at} L${at}`); // a lonely point is a dot
+    }
+    inLine = known;
+  }
+  return parts.join(" ");
+}
+
+// -------------------------------------------------------------------------------------------- how it all stands
 
 /** Whether what is shown is true now: live, waiting (the service is not ready) or unreachable. */
 function drawState() {
@@ -478,6 +608,7 @@ function draw() {
   drawFigures(seen.cluster.totals);
   const nodes = drawNodes();
   const pods = drawPods();
+  if (choice.view === "costs") drawCosts();
   let words = choice.words.length ? `${plural(nodes, "node")}, ${plural(pods, "pod")} match` : "";
   if (choice.words.length && seen.sweep && !seen.sweep.done) words += `; searched ${seen.sweep.nodes.length.toLocaleString("en")} of ${seen.cluster.totals.nodes.toLocaleString("en")} nodes so far`;
   text($("found"), words);
@@ -734,6 +865,7 @@ async function poll() {
     seen.answeredAt = Date.now();
     seen.failedSince = 0;
     remember(cluster.totals);
+    rememberCosts(await ask("v1/costs"));
     await askDetail();
     sweep().catch(() => undefined);
   } catch (problem) {

@@ -33,6 +33,7 @@ class Canned:
     warnings: list[str] = field(default_factory=list)
     status: int = 200
     _totals: Json = field(default_factory=dict)
+    _asked: int = 0
 
     def cluster(self, limit: int, after: str) -> Json:
         """`GET /v1/cluster`."""
@@ -73,6 +74,36 @@ class Canned:
         self._totals = totals
         return totals
 
+    def costs(self) -> Json:
+        """`GET /v1/costs`: filter is asked a thousand times between two looks, and nobody binds."""
+        self._asked += 1
+        none = {"p50_seconds": None, "p99_seconds": None}
+        times = {"p50_seconds": 0.00142, "p99_seconds": 0.0123}
+        lately = {"p50_seconds": 0.001 * (1 + self._asked % 2), "p99_seconds": 0.0087}
+        busy = {"answers": 1000 * self._asked, **times, "lately": {"per_second": 1000.0, **lately}}
+        blocked = {"longest_seconds": 0.0312, "longest_lately_seconds": 0.0041, "over_20_ms": 3}
+        return {
+            "up_seconds": 7300.0,
+            "lately_seconds": 14.0,
+            "verbs": {
+                "filter": busy,
+                "prioritize": busy,
+                "bind": {"answers": 0, **none, "lately": {"per_second": 0.0, **none}},
+            },
+            "memory_mib": {"service": 312.4, "planning": None},
+            "loop": {"looks": 720_000, "wall": blocked, "own": {**blocked, "over_20_ms": 1}},
+            "sizes": {
+                "nodes": len(self.nodes),
+                "nodes_offered": len(self.nodes) - 1,
+                "pods_held": 12_345,
+                "demands": 17,
+                "states": 298,
+                "hosts": 31,
+                "mig_gpus": 96,
+            },
+            "rows": {"updated": 4321, "per_second": 12.5, "last_seconds_ago": 0.3},
+        }
+
     def answer(self, path: str) -> tuple[int, Json]:
         """Route one GET under /v1/."""
         url = urlparse(path)
@@ -82,6 +113,8 @@ class Canned:
         if url.path == "/v1/pods":
             phase = query.get("phase", [""])[0]
             return 200, {"pods": [p for p in self.pods if phase in ("", p["phase"])]}
+        if url.path == "/v1/costs":
+            return 200, self.costs()
         kind, _, name = unquote(url.path).removeprefix("/v1/").partition("/")
         for item in self.nodes if kind == "nodes" else self.pods:
             if name == item["name" if kind == "nodes" else "uid"]:

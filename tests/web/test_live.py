@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,6 +72,19 @@ def test_what_the_service_placed_is_on_the_page(service: str, open_page: Open) -
 
     httpx.delete(f"{service}/v1/pods/uid-train", trust_env=False).raise_for_status()
     expect(page.locator('.gpu[data-uid="uid-train"]')).to_have_count(0)
+
+
+def test_what_it_costs_comes_from_the_service_itself(service: str, open_page: Open) -> None:
+    """Real answers, real memory, and lines that grow while the page is open."""
+    _place(service, [_pod("costly", "mig-1g.10gb")])
+    page = open_page(service)
+    page.locator("#views label", has_text="Costs").click()
+
+    expect(page.locator('#cost-table tr[data-key="bind"]')).to_contain_text(" ms")
+    expect(page.locator("#cost-machine")).to_contain_text("MiB")
+    expect(page.locator("#cost-sizes")).to_contain_text(f"{len(NODES)}, {len(NODES)} of them offered")
+    for line in ("#plot-filter .box .line-1", "#plot-memory .box .line-0", "#plot-memory .box .line-1"):
+        expect(page.locator(line)).to_have_attribute("d", re.compile("L.*L.*L"), timeout=20_000)
 
 
 def test_a_hostile_pod_name_is_only_text(service: str, open_page: Open) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -245,9 +246,40 @@ def test_nothing_runs_out_of_the_window(stub: Stub, open_page: Open, width: int)
     page = open_page(stub.url, viewport={"width": width, "height": 800})
     expect(page.locator(".node").first).to_be_visible()
 
-    for view in ("Map", "Table", "Pods"):
+    for view in ("Map", "Table", "Pods", "Costs"):
         page.locator("#views label", has_text=view).click()
         assert page.evaluate("document.documentElement.scrollWidth") <= width, view
+
+
+def test_what_the_service_costs_is_told_and_drawn_over_time(stub: Stub, open_page: Open, shots: Path) -> None:
+    """Reached by keyboard; each look of the page adds a point to the lines, and what is not known is no line at all."""
+    page = open_page(stub.url)
+    expect(page.locator(".node").first).to_be_visible()
+    expect(page.locator("#costs")).to_be_hidden()
+    page.locator("#views input:checked").focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+
+    expect(page.locator("#costs")).to_be_visible()
+    expect(page.locator("#nodes")).to_be_hidden()
+    expect(page.locator('#cost-table tr[data-key="filter"]')).to_contain_text("1.4 ms")
+    expect(page.locator('#cost-table tr[data-key="bind"]')).to_contain_text("–")
+    for words in (
+        "Longest block",
+        "31 ms since its start, 4.1 ms lately",
+        "3 looks of 720,000",
+        "312 MiB",
+        "process–",
+    ):
+        expect(page.locator("#cost-machine")).to_contain_text(words)
+    for words in ("12,345", "298", "31 (nodes without", "96", "lately 13 per second"):
+        expect(page.locator("#cost-sizes")).to_contain_text(words)
+
+    for line in ("#plot-filter .box .line-0", "#plot-memory .box .line-0"):
+        expect(page.locator(line)).to_have_attribute("d", re.compile("L.*L.*L"), timeout=20_000)
+    assert page.locator("#plot-memory .box .line-1").get_attribute("d") == "", "nobody plans, so there is no line"
+    expect(page.locator("#plot-filter .box")).to_have_attribute("aria-label", re.compile("p99 8.7 ms; 0 to 8.7 ms"))
+    page.screenshot(path=shots / "costs.png", full_page=True)
 
 
 CONTRAST = """() => {
@@ -276,6 +308,9 @@ def test_text_can_be_read_in_both_schemes(stub: Stub, open_page: Open, scheme: s
     page = open_page(stub.url, color_scheme=scheme)
     expect(page.locator(".node").first).to_be_visible()
 
+    assert page.evaluate(CONTRAST) == []
+    page.locator("#views label", has_text="Costs").click()
+    expect(page.locator("#costs-body")).to_be_visible()
     assert page.evaluate(CONTRAST) == []
     page.goto(f"{stub.url}#node=a100-02")
     expect(page.locator("#detail")).to_be_visible()
