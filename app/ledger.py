@@ -86,6 +86,7 @@ class Ledger:
         self._confirmed: set[str] = set()
         self._by_gpu: dict[str, set[str]] = {}
         self._changed: set[str] = set()
+        self._changed_gpus: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._holds)
@@ -161,6 +162,11 @@ class Ledger:
     def drain_changes(self) -> set[str]:
         """Nodes whose firm holds changed since the last call."""
         changed, self._changed = self._changed, set()
+        return changed
+
+    def drain_changed_gpus(self) -> set[str]:
+        """The GPUs (UUIDs) of those holds: some other node may report them."""
+        changed, self._changed_gpus = self._changed_gpus, set()
         return changed
 
     # -- the transitions ------------------------------------------------------------------------------
@@ -258,8 +264,9 @@ class Ledger:
             self._assumed.add(hold.pod.uid)
         elif hold.phase is Phase.PROPOSED:
             self._soft.setdefault(hold.node, set()).add(hold.pod.uid)
-        if (before is not None and before.firm) or hold.firm:
-            self._changed.add(hold.node)
+        for each in (hold, before):
+            if each is not None and each.firm:
+                self._note_change(each)
 
     def _drop(self, hold: Hold) -> None:
         del self._holds[hold.pod.uid]
@@ -270,7 +277,11 @@ class Ledger:
         if not of_node:
             del self._by_node[hold.node]
         if hold.firm:
-            self._changed.add(hold.node)
+            self._note_change(hold)
+
+    def _note_change(self, hold: Hold) -> None:
+        self._changed.add(hold.node)
+        self._changed_gpus.update([device.gpu for device in hold.devices])
 
     def _unindex(self, hold: Hold) -> None:
         self._leaving.discard(hold.pod.uid)

@@ -107,6 +107,8 @@ class Offers:
     def refresh(self, *, now: float, most: int | None = None) -> bool:
         """Bring the rows of changed nodes up to date, of so many at most; whether there are more."""
         self._dirty |= self._ledger.drain_changes()
+        for gpu in self._ledger.drain_changed_gpus():
+            self._dirty |= self._inventory.homes(gpu)
         self._dirty.update([name for name in self._hosts.drain_changes() if self._inventory.get(name) is not None])
         while self._dirty and most != 0:
             self._update(self._dirty.pop(), now=now)
