@@ -224,8 +224,8 @@ class Service:
                 watch.lists = 0
             self._rebuilt_in_term, self._rebuilt_at = term, self.clock()
             self.offers.keep_back_the_blind(until=self.clock() + self.settings.blind_seconds)
-            await self.binder.stop_settling()
             found = await self._take(self.journal, term)
+            await self.binder.stop_settling()  # a fence from before we took the journal is none
             followers = [asyncio.create_task(watch.run()) for watch in self.watches]
             adopting = asyncio.create_task(self._adopt(self.journal, found))
             try:

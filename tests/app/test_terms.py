@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 
-from app.errors import Conflict, Unknown
+from app.errors import Conflict
 from app.journal import HOLDER, SUFFIX, Intent, line_of
 from app.ledger import Phase
-from app.translate import PodRef
+from app.translate import FENCE_ANNOTATION, PodRef
 from solver import Device
 from tests.app.world import GPU, World
-from tests.fakes import FakeKube
 
 
 @pytest.fixture
@@ -98,33 +97,32 @@ async def test_a_bind_that_began_in_the_term_before_declares_nothing_in_this_one
 async def test_a_fence_of_the_term_before_does_not_free_what_was_declared_after_it(world):
     """It came before the journal was taken: a former holder may have read the pod since, and sent a Binding."""
     world.add_pod("p", {GPU: "1"})
-    world.kube.before["bind"] = fails_once(world.kube, "bind")
+    theirs = Intent(PodRef("uid-p", "default", "p"), "h2", (Device(world.gpus("h2")[5]),))
     answer = asyncio.Event()
     annotate, fenced = world.kube.annotate_pod, []
 
-    async def slow_answer(*args: object, **more: object) -> str:
+    async def answers_late(*args: Any, **more: Any) -> str:
         version = await annotate(*args, **more)
         fenced.append(version)
-        if len(fenced) == 1:
-            await answer.wait()
+        await (asyncio.sleep(0) if len(fenced) > 1 else answer.wait())
         return version
 
-    world.kube.annotate_pod = slow_answer
-    # the term ends while the journal cannot be taken; a bind of the term before ends, and is settled
+    world.kube.annotate_pod = answers_late
     world.kube.hold["bind"] = asyncio.Event()
     bind = asyncio.create_task(world.bind("p", "h1"))
     await world.until(lambda: "bind" in world.kube.calls)
-    theirs = Intent(PodRef("uid-p", "default", "p"), "h2", (Device(world.gpus("h2")[5]),))
     world.kube.hold["get_config_map"] = asyncio.Event()
-    world.service.lease._renewed = None
     world.service.lease.term += 1
     await world.until(lambda: world.service.journal and not world.service.journal.taken)
+
+    fence = {"annotations": {FENCE_ANNOTATION: "theirs"}}
+    world.kube.change_pod("p", lambda pod: pod["metadata"].update(fence))
     world.kube.hold.pop("bind").set()
     assert await bind != ""
-    await world.until(lambda: fenced)
+    await world.until(lambda: fenced)  # by us, while the journal is still theirs
     take_journal(world, theirs)
-    world.kube.hold.pop("get_config_map").set()
     world.kube.hold["get_pod"] = asyncio.Event()
+    world.kube.hold.pop("get_config_map").set()
     await world.until(lambda: not world.service.waiting_for())
     assert (phase(world, "p"), world.devices("p")) == (Phase.ASSUMED, (str(theirs.devices[0]),))
     answer.set()
@@ -133,11 +131,3 @@ async def test_a_fence_of_the_term_before_does_not_free_what_was_declared_after_
     assert (phase(world, "p"), world.devices("p")) == (Phase.ASSUMED, (str(theirs.devices[0]),))
     world.kube.hold.pop("get_pod").set()
     await world.until(lambda: phase(world, "p") is None)
-
-
-def fails_once(kube: FakeKube, verb: str) -> object:
-    def fail() -> None:
-        kube.before.pop(verb)
-        raise Unknown("timeout")
-
-    return fail
