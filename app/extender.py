@@ -183,15 +183,12 @@ class Extender:
     # -- the order of nodes ---------------------------------------------------------------------------
 
     def _best(self, pod: Pod, demand: Demand, prices: Prices, asked: set[str], most: int) -> list[str]:
-        """The best of the nodes: the very best where there shall be but one."""
-        if most == 1:
-            _, best = next(iter(self._ranked(pod, demand, prices, asked)), (0, ()))
-            return [min(best)] if best else []
-        planned = (name for name in self._schedule.nodes_for(demand) if name in asked and name in prices.by_name)
-        best = list(islice(planned, most))
-        asked.difference_update(best)
-        for _, names in prices.cheapest_first():
-            best.extend(islice(filter(asked.__contains__, names), most - len(best)))
+        """The best of the nodes: what others have been promised only where there is too little else."""
+        best: list[str] = []
+        for _, names in self._ranked(pod, demand, prices, asked):
+            if most == 1:
+                return [min(names)]  # what prioritize, which is not asked then, would choose
+            best.extend(islice(names, most - len(best)))
             if len(best) >= most:
                 break
         return best
@@ -205,8 +202,7 @@ class Extender:
         promised to others last; each in the order of their prices.
         """
         by_name = prices.by_name
-        soft = self._offers.soft_prices(demand, by_name, uid=pod.ref.uid)
-        soft = {name: price for name, price in soft.items() if name in asked}
+        soft = self._offers.soft_prices(demand, by_name, asked, uid=pod.ref.uid)
         planned = {name for name in self._schedule.nodes_for(demand) if name in asked and name in by_name}
         promised = {name: by_name[name] for name, price in soft.items() if price is None}
         softly = {name: price for name, price in soft.items() if price is not None}
@@ -286,8 +282,7 @@ class Extender:
 
 def _by_price(prices: Mapping[str, int]) -> Iterator[tuple[int, Collection[str]]]:
     """These nodes, the cheapest first and equal ones together."""
-    for price in sorted(set(prices.values())):
-        yield price, [name for name, each in prices.items() if each == price]
+    return Prices(prices).cheapest_first()
 
 
 def _among(prices: Prices, asked: set[str] | None, but: Set[str]) -> Iterator[tuple[int, Collection[str]]]:

@@ -10,7 +10,7 @@ knows of a pod's end before we do.
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -253,14 +253,16 @@ class Offers:
         for briefs in self._briefs.values():
             briefs.pop(name, None)
 
-    def soft_prices(self, demand: Demand, prices: Mapping[str, int], *, uid: str) -> dict[str, int | None]:
-        """What it costs beside what is softly promised to other pods, on the nodes where something is.
+    def soft_prices(
+        self, demand: Demand, prices: Container[str], asked: Container[str], *, uid: str
+    ) -> dict[str, int | None]:
+        """What it costs beside what is softly promised to other pods, on nodes in both where something is.
 
         None: only what is promised would do there.
         """
         found: dict[str, int | None] = {}
         for name in self._ledger.nodes_with_proposals():
-            if name in prices and self._ledger.proposed(name, but=uid):
+            if name in asked and name in prices and self._ledger.proposed(name, but=uid):
                 found[name] = self._soft_price(demand, name, uid=uid)
         return found
 
