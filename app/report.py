@@ -54,6 +54,10 @@ class Profile(_Wire):
     max_instances: int = Field(default=0, ge=0)
 
 
+MOST_PROFILES_BYTES = 16 << 10
+"""What is shared is kept, so it must not be made up at will. The largest board that there is needs 2 kB."""
+
+
 @lru_cache(maxsize=1024)
 def _profiles(text: bytes) -> tuple[Profile, ...]:
     return TypeAdapter(tuple[Profile, ...]).validate_json(text)
@@ -62,8 +66,14 @@ def _profiles(text: bytes) -> tuple[Profile, ...]:
 def _once(value: object, validate: Callable[[object], tuple[Profile, ...]]) -> tuple[Profile, ...]:
     """Equal boards share what their profiles are: those of 5,000 nodes with 8 GPUs would be 700 MB."""
     try:
-        return _profiles(orjson.dumps(value))
-    except (TypeError, ValueError):  # already models, or wrong: then the usual way says where
+        text = orjson.dumps(value)
+    except TypeError:  # already models
+        return validate(value)
+    if len(text) > MOST_PROFILES_BYTES:
+        raise ValueError(f"the profiles of one board are more than {MOST_PROFILES_BYTES} bytes")
+    try:
+        return _profiles(text)
+    except ValueError:  # the usual way says where
         return validate(value)
 
 

@@ -155,12 +155,14 @@ def _render_left(left: Sequence[tuple[Refusal, Sequence[str]]]) -> bytes:
     """An object of node and words: thousands of nodes have few different reasons, so each is joined with its nodes."""
     parts = []
     for why, names in left:
+        if not names:
+            continue
         words = orjson.dumps(why.reason).decode()
         if _all_plain(names):
             parts.append('"' + f'":{words},"'.join(names) + f'":{words}')
         else:
             parts.append(orjson.dumps(dict.fromkeys(names, why.reason)).decode()[1:-1])
-    return ("{" + ",".join(part for part in parts if part) + "}").encode()
+    return ("{" + ",".join(parts) + "}").encode()
 
 
 def render_scores(scored: Scored) -> bytes:

@@ -1,6 +1,7 @@
 """Reports become nodes; age and faults become words."""
 
 import pytest
+from pydantic import ValidationError
 
 from app.inventory import Inventory, node_of, users_of
 from app.report import Instance, Mig, NodeReport, Placement, Process, Profile, Unchanged
@@ -193,3 +194,12 @@ def test_the_chain_of_versions_has_what_agent_and_api_server_say():
         "kernel": "6.8.0",
         "kubelet": "v1.37.1",
     }
+
+
+def test_profiles_beyond_any_board_are_refused_in_words():
+    """They are kept for the next board of the kind, so nobody shall fill the memory with them."""
+    profile = {"name": "x", "id": 1, "compute_slices": 1, "memory_mib": 1, "placements": [{"start": 0, "size": 1}]}
+    engines = {f"engine-{number}": 1 for number in range(2000)}
+    with pytest.raises(ValidationError, match="more than 16384 bytes"):
+        Mig.model_validate({"enabled": True, "profiles": [profile | {"engines": engines}]})
+    assert Mig.model_validate({"enabled": True, "profiles": [profile]}).profiles[0].name == "x"

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from app import wire
 from app.errors import BadInput
 from app.translate import pod_of
+from app.wire import Filtered
+from solver import Refusal
 
 RECORDED = Path(__file__).parents[1] / "data" / "extender"
 
@@ -140,3 +142,9 @@ def _fits(value: object) -> bool:
     except TypeError:
         return False
     return True
+
+
+def test_a_reason_without_nodes_names_none():
+    """A pod that cannot be understood, asked about no node at all."""
+    rendered = orjson.loads(wire.render_filter(Filtered(left={Refusal("why"): []}), None))
+    assert rendered["FailedAndUnresolvableNodes"] == rendered["FailedNodes"] == {}
