@@ -18,7 +18,7 @@ from itertools import combinations, islice, permutations
 
 from pydantic import ValidationError
 
-from app.errors import KubeError, Refused
+from app.errors import Conflict, KubeError, NotFound
 from app.inventory import Entry, Inventory
 from app.kube import Kube
 from app.ledger import Hold, Ledger, Phase, allocation_of
@@ -467,26 +467,45 @@ class Handing:
 
     async def _write(self, uid: str) -> None:
         """One try. A bind that is being made writes its own; one of unknown outcome is settled first."""
+        try:
+            async with asyncio.timeout(WRITE_SECONDS):
+                while uid in self.unwritten and not await self._wrote(uid):
+                    pass
+        except NotFound as error:
+            log.info("pod %s has gone: %s", uid, error)
+            self.unwritten.pop(uid, None)
+        except (KubeError, TimeoutError) as error:
+            log.warning("cannot write the new devices of pod %s yet: %s", uid, error)
+
+    async def _wrote(self, uid: str) -> bool:
+        """Write it for the version that is known, so that no write comes after a later one; False: that was not it."""
         hold = self._ledger.get(uid)
         if hold is None or self._kube is None or hold.phase is Phase.LEAVING or not hold.devices:
             self.unwritten.pop(uid, None)
-            return
+            return True
         if self._binding(uid) or hold.phase is not Phase.HELD:
-            return
-        entry = self._inventory.get(hold.node)
+            return True
+        entry, pod = self._inventory.get(hold.node), self._truth.pods.get(uid)
         text = write_placement(uid, hold.node, hold.devices, entry.uuids if entry is not None else {})
+        version = pod.resource_version if pod is not None else ""
         try:
             await self._kube.annotate_pod(
-                hold.pod.namespace, hold.pod.name, {PLACEMENT_ANNOTATION: text}, uid=uid, timeout=WRITE_SECONDS
+                hold.pod.namespace,
+                hold.pod.name,
+                {PLACEMENT_ANNOTATION: text},
+                uid=uid,
+                resource_version=version,
+                timeout=WRITE_SECONDS,
             )
-        except Refused as error:
-            log.info("%s has gone, or is another pod now: %s", hold.pod, error)
-        except KubeError as error:
-            log.warning("cannot write the new devices of %s yet: %s", hold.pod, error)
-            return
-        now = self._ledger.get(uid)
-        if now is None or now.devices == hold.devices:
+        except Conflict:
+            now = self._truth.json_seen(await self._kube.get_pod(hold.pod.namespace, hold.pod.name))
+            if now is None or now.ref.uid != uid or now.resource_version == version:
+                raise  # whatever the conflict is, it is not the version
+            return False
+        now_held = self._ledger.get(uid)
+        if now_held is None or now_held.devices == hold.devices:
             self.unwritten.pop(uid, None)
+        return True
 
     # -- for the read side ----------------------------------------------------------------------------
 

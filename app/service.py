@@ -550,10 +550,20 @@ class Service:
                     await self._name_slices_of(kube, ref, placement)
 
     async def _name_slices_of(self, kube: Kube, ref: PodRef, placement: Written) -> None:
+        """Only for the version of the pod that says so: its devices may be exchanged meanwhile."""
+        pod, hold = self.truth.pods.get(ref.uid), self.ledger.get(ref.uid)
+        same = hold is not None and set(hold.devices) == set(placement.devices)
+        if pod is None or pod.written != placement or not same:
+            return
         text = write_placement(ref.uid, placement.node, placement.devices, self._uuids_on(placement.node))
         try:
             await kube.annotate_pod(
-                ref.namespace, ref.name, {PLACEMENT_ANNOTATION: text}, uid=ref.uid, timeout=RENAME_SECONDS
+                ref.namespace,
+                ref.name,
+                {PLACEMENT_ANNOTATION: text},
+                uid=ref.uid,
+                resource_version=pod.resource_version,
+                timeout=RENAME_SECONDS,
             )
             log.info("%s has new MIG devices: %s", ref, text)
         except KubeError as error:

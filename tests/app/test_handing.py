@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import AsyncIterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from app.errors import Unknown
+from app.errors import Conflict, Refused, Unknown
 from app.handing import Unanswered
 from app.handing import _device as _known
 from app.report import DeviceAt, ExchangeReply, Handed
@@ -324,6 +325,70 @@ async def test_pods_that_need_nvlink_keep_it():
                 await granted(hands, "p", DeviceAt(gpu=gpu), DeviceAt(gpu=second))
             words.append(reply.reason)
         assert any("NVLink" in each for each in words)
+
+
+async def test_a_write_that_arrives_late_does_not_undo_what_was_exchanged_since(world, hands):
+    await bound(world, "p")
+    original, late = world.kube.annotate_pod, []
+
+    async def still_under_way(*args: Any, **more: Any) -> str:
+        world.kube.annotate_pod = original
+        late.append((args, more))
+        raise Unknown("timeout")
+
+    world.kube.annotate_pod = still_under_way
+    first, second = free(world, "p")[:2]
+    await granted(hands, "p", of(world, "p"), first)
+    await granted(hands, "p", first, second)
+    assert written(world, "p") == (second.gpu,)
+
+    ((args, more),) = late
+    with contextlib.suppress(Conflict):
+        await original(*args, **more)
+    await world.until(lambda: not world.service.handing.unwritten)
+    assert written(world, "p") == (second.gpu,)
+
+
+async def test_an_annotation_is_written_before_the_answer_to_a_pod_that_has_just_changed(world, hands):
+    await bound(world, "p")
+    world.kube.before["annotate_pod"] = lambda: (
+        world.kube.before.pop("annotate_pod")
+        and world.kube.change_pod("p", lambda pod: pod["metadata"].update(labels={"touched": "yes"}))
+    )
+    take = free(world, "p")[0]
+    await granted(hands, "p", of(world, "p"), take)
+    assert written(world, "p") == (take.gpu,)
+
+
+@pytest.mark.parametrize("error", [Conflict("409 for a reason of its own"), Refused("403 forbidden")])
+async def test_an_annotation_that_is_refused_while_its_pod_is_there_is_tried_again(world, hands, error):
+    await bound(world, "p")
+    left = [2]
+
+    def refuse() -> None:
+        if left[0]:
+            left[0] -= 1
+            raise type(error)(str(error))
+
+    world.kube.before["annotate_pod"] = refuse
+    take = free(world, "p")[0]
+    await granted(hands, "p", of(world, "p"), take)
+    await world.until(lambda: written(world, "p") == (take.gpu,), 5)
+    await world.until(lambda: not world.service.handing.unwritten)
+
+
+async def test_the_new_name_of_a_slice_does_not_undo_an_exchange(world, hands):
+    """Both come after a reboot: slices are made again, and kubelets admit their pods anew."""
+    await bound(world, "p")
+    before = world.service.truth.pods["uid-p"]
+    assert isinstance(before.written, Written)
+    take = free(world, "p")[0]
+    await granted(hands, "p", of(world, "p"), take)
+    await world.service._name_slices_of(world.kube, before.ref, before.written)
+    assert written(world, "p") == (take.gpu,)
+    await world.until(lambda: not world.service.handing.unwritten)
+    await world.service._name_slices_of(world.kube, before.ref, before.written)
+    assert written(world, "p") == (take.gpu,)
 
 
 async def test_an_annotation_that_cannot_be_written_now_is_written_later(world, hands):
