@@ -201,8 +201,8 @@ class Offers:
         if prices is None or counted == plain:
             return prices
         exact = self._ranking.prices_while(counted, go_on)
-        if not exact:
-            return prices
+        if exact is None:
+            return None
         return Prices({name: exact.get(name, milli) for name, milli in prices.by_name.items()})
 
     def fitting(self, demand: Demand, names: Iterable[str], go_on: Callable[[], bool]) -> list[str] | None:
