@@ -219,7 +219,8 @@ class Changing:
     def change_what_orders_keep_back(self) -> None:
         name, devices = self.some_device()
         gpus = self.chance.choice([{}, {devices[0].gpu: "an order failed here"}])
-        self.service.offers.keep_back(name, gpus, frozenset())
+        going = self.chance.choice([frozenset(), frozenset(devices)])
+        self.service.offers.keep_back(name, gpus, going)
 
     def change_host(self) -> None:
         self.service.hosts.node_gives(self.node(), self.chance.choice([None, Amount(4000, 9000), Amount(16000, 9000)]))
