@@ -185,6 +185,11 @@ class Handing:
                     desk.overlaps = len(self.overlaps(name))
                 self._put(entry, desk)
 
+    def look_again(self) -> None:
+        """At a new term: the ledger was told anew who has what, of some perhaps what they had before an exchange."""
+        for desk in self._desks.values():
+            desk.heard = None
+
     def forget(self, name: str) -> None:
         """The node is no more."""
         self._desks.pop(name, None)

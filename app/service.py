@@ -229,12 +229,14 @@ class Service:
             followers = [asyncio.create_task(watch.run()) for watch in self.watches]
             adopting = asyncio.create_task(self._adopt(self.journal, found))
             try:
-                while self._leads(term) and self.journal.taken and not any(each.done() for each in followers):
+                while self._leads(term) and self.journal.taken:
+                    if any(each.done() for each in followers) or _has_failed(adopting):
+                        break
                     await asyncio.sleep(LOOK_SECONDS)
             finally:
                 for follower in (adopting, *followers):
                     follower.cancel()
-                ended = await asyncio.gather(*followers, return_exceptions=True)
+                ended = await asyncio.gather(adopting, *followers, return_exceptions=True)
             for error in ended:
                 if isinstance(error, Exception):
                     raise error
@@ -266,6 +268,7 @@ class Service:
                 await asyncio.sleep(LOOK_SECONDS)
         else:
             self.binder.adopt(found)
+        self.handing.look_again()
         journal.adopted()
 
     def _planner(self) -> Planner:
@@ -648,6 +651,10 @@ class Service:
             "Times a node's rows were made anew",
             {"total": float(self.offers.updated)},
         )
+
+
+def _has_failed(task: asyncio.Task[None]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is not None
 
 
 def _some(words: Iterable[str]) -> str:

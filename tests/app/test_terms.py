@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 
-from app.errors import Conflict
+from app.errors import Conflict, Unknown
 from app.journal import HOLDER, SUFFIX, Intent, line_of
 from app.ledger import Phase
+from app.report import DeviceAt, Handed
+from app.simulate import report_of
 from app.translate import FENCE_ANNOTATION, PodRef
 from solver import Device
+from solver.samples import sample_node
+from tests.app.hands import Hands
 from tests.app.world import GPU, World
 
 
@@ -131,3 +135,56 @@ async def test_a_fence_of_the_term_before_does_not_free_what_was_declared_after_
     assert (phase(world, "p"), world.devices("p")) == (Phase.ASSUMED, (str(theirs.devices[0]),))
     world.kube.hold.pop("get_pod").set()
     await world.until(lambda: phase(world, "p") is None)
+
+
+async def test_what_was_exchanged_during_a_bind_is_not_promised_twice_once_the_journal_is_taken_again():
+    """The journal still names what the pod was promised first; others have that by now."""
+    async with World({"a": "8xH100"}, lease_seconds=1000).running() as world:
+        hands = Hands(world.service, report_of(sample_node("a", "8xH100")))
+        hands.tell(hands="plugin")
+        world.add_pod("p", {GPU: "1"})
+        world.add_pod("q", {GPU: "1"})
+        assert await world.bind("q", "a") == ""
+
+        def never_arrives() -> None:
+            world.kube.before.pop("bind")
+            raise Unknown("timeout")
+
+        world.kube.before["bind"] = never_arrives
+        await world.until(lambda: world.service.truth.pods["uid-q"].node)
+        world.kube.hold["get_pod"] = asyncio.Event()
+        assert "not known" in await world.bind("p", "a")
+        (had,), (wanted,) = world.devices("q"), world.devices("p")
+        exchange = asyncio.create_task(hands.exchange("q", DeviceAt(gpu=had), DeviceAt(gpu=wanted)))
+        await world.until(lambda: world.devices("q") == (wanted,) and world.devices("p") == (had,))
+        hands.hand(
+            Handed(
+                namespace="default",
+                name="q",
+                uid="uid-q",
+                container="main",
+                resource=GPU,
+                devices=(DeviceAt(gpu=wanted),),
+                how="swapped",
+            )
+        )
+
+        take_journal(world, Intent(PodRef("uid-p", "default", "p"), "a", (Device(wanted),)))
+        await until_retaken(world)
+        await world.until(lambda: not world.service.waiting_for())
+        await world.until(lambda: phase(world, "p") is Phase.ASSUMED and world.devices("p") != (wanted,), 5)
+        world.kube.hold.clear()
+        exchange.cancel()
+
+
+async def test_a_fault_while_the_journal_is_adopted_is_seen():
+    """Not ready for ever, with nothing but the journal's name to say why, would be worse than a restart."""
+    world = World({"a": "8xH100"})
+
+    def fault(_: object) -> None:
+        raise ZeroDivisionError
+
+    world.service.binder.adopt = fault
+    await world.service.start()
+    await world.until(lambda: world.service.broken, 5)
+    await world.service.stop()
