@@ -99,6 +99,8 @@ class Offers:
         """The node is no more."""
         self._barred.pop(name, None)
         self._faults.pop(name, None)
+        self._kept_back.pop(name, None)
+        self._going.pop(name, None)
         self._dirty.discard(name)
         self._ranking.remove(name)
         self._news.add(name)

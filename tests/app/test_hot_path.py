@@ -86,6 +86,21 @@ async def test_a_node_is_offered_whole_again_when_a_hold_under_another_name_of_i
     assert world.service.extender.filter(Args(pod, ["new"]), trial=True).fitting
 
 
+def test_a_node_that_comes_back_after_it_was_forgotten_has_nothing_kept_back_for_old_orders():
+    """Nobody has orders for a node without MIG, so nobody would say that they are over."""
+    world = world_of({"t": "4xT4"})
+    offers, pod = world.service.offers, pod_json("p", {GPU: "4"})
+    offers.keep_back("t", {world.gpus("t")[0]: "an order failed"}, frozenset())
+    assert not world.service.extender.filter(Args(pod, ["t"]), trial=True).fitting
+
+    world.service.inventory.drop("t")
+    offers.forget("t")
+    world.service.orders.forget("t")
+    world.report("t")
+
+    assert world.service.extender.filter(Args(pod, ["t"]), trial=True).fitting
+
+
 def test_what_is_promised_to_others_does_not_take_up_the_answer():
     """A gang's pods are all proposed before any is bound, and more than fit into one answer."""
     world = world_of({f"t{number}": "4xT4" for number in range(6)}, most_nodes=2)
