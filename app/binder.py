@@ -405,7 +405,8 @@ class Binder:
             self._truth.pod_gone(ref.uid)
             return True
         except KubeError as error:
-            log.info("settling %s: %s", ref, error)
+            level = logging.WARNING if ref.uid in self._unfenced else logging.INFO  # nothing is decided until it is
+            log.log(level, "settling %s: %s", ref, error)
             return False
         hold = self._ledger.get(ref.uid)
         self._ledger.forget(ref.uid)

@@ -415,6 +415,7 @@ class Truth:
             heard_since = entry.lasting or entry.heard > max(hold.since, hold.not_before)
             gone = heard_since and _seen_idle(entry, hold)
         if gone:
+            self._told.discard(hold.pod.uid)
             self._ledger.release(hold.pod.uid)
             self.made_room(hold.node)
 
