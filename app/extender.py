@@ -185,7 +185,7 @@ class Extender:
     def _best(self, pod: Pod, demand: Demand, prices: Prices, asked: set[str], most: int) -> list[str]:
         """The best of the nodes: what others have been promised only where there is too little else."""
         best: list[str] = []
-        for _, names in self._ranked(pod, demand, prices, asked):
+        for _, names in self._ranked(pod, demand, prices, asked, to_the_end=False):
             if most == 1:
                 return [min(names)]  # what prioritize, which is not asked then, would choose
             best.extend(islice(names, most - len(best)))
@@ -194,9 +194,11 @@ class Extender:
         return best
 
     def _ranked(
-        self, pod: Pod, demand: Demand, prices: Prices, asked: set[str]
+        self, pod: Pod, demand: Demand, prices: Prices, asked: set[str], *, to_the_end: bool
     ) -> Iterator[tuple[int, Collection[str]]]:
         """The nodes that fit, the best first and equal ones together, each lot with its price.
+
+        `to_the_end`: whether all lots will be wanted; the first few are had without a look at every node.
 
         Nodes on which the joint plan has a pod like this come first, those where it would need what is softly
         promised to others last; each in the order of their prices.
@@ -209,9 +211,9 @@ class Extender:
         special = planned | soft.keys()
         yield from _by_price({name: softly.get(name, by_name[name]) for name in planned if name not in promised})
         others = _by_price({name: price for name, price in softly.items() if name not in planned})
-        if FEW * len(asked) < len(by_name):
+        if to_the_end and FEW * len(asked) < len(by_name):
             prices = Prices({name: by_name[name] for name in sorted(asked & by_name.keys())})
-        all_asked = len(asked) >= len(prices.by_name) and prices.by_name.keys() <= asked
+        all_asked = to_the_end and len(asked) >= len(prices.by_name) and prices.by_name.keys() <= asked
         yield from _merged(_among(prices, None if all_asked else asked, special), others)
         yield from _by_price(promised)
 
@@ -225,7 +227,7 @@ class Extender:
         prices = self._offers.prices(pod.ask, self._until_deadline())
         if prices is None:
             return Scored()
-        ranked = list(self._ranked(pod, pod.ask, prices, set(args.names)))
+        ranked = list(self._ranked(pod, pod.ask, prices, set(args.names), to_the_end=True))
         if not ranked:
             return Scored()
         choice = min(ranked[0][1])

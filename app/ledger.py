@@ -74,6 +74,10 @@ class Hold:
         return self.firm and not self.devices and self.demand.takes_devices
 
 
+def _nobody() -> None:
+    """Who is told of changes until somebody wants to be."""
+
+
 class Ledger:
     """Every hold, by pod UID and by node. `drain_changes` names the nodes whose holds changed since last asked."""
 
@@ -85,6 +89,8 @@ class Ledger:
         self._assumed: set[str] = set()
         self._confirmed: set[str] = set()
         self._by_gpu: dict[str, set[str]] = {}
+        self.when_changed: Callable[[], None] = _nobody
+        """Called after each change of firm holds, by whoever makes it: only to note that there was one."""
         self._changed: set[str] = set()
         self._changed_gpus: set[str] = set()
 
@@ -282,6 +288,7 @@ class Ledger:
     def _note_change(self, hold: Hold) -> None:
         self._changed.add(hold.node)
         self._changed_gpus.update([device.gpu for device in hold.devices])
+        self.when_changed()
 
     def _unindex(self, hold: Hold) -> None:
         self._leaving.discard(hold.pod.uid)

@@ -75,6 +75,8 @@ class Service:
         self.id = secrets.token_hex(8)
         """This very process, for agents: they carry out no order of another."""
         self.ledger = Ledger()
+        self.ledger.when_changed = self._soon
+        self._is_soon = False
         self.inventory = Inventory(stale_seconds=settings.stale_seconds)
         self.hosts = Hosts()
         self.offers = Offers(self.inventory, self.ledger, self.hosts, policy=DEFAULT_POLICY)
@@ -177,6 +179,25 @@ class Service:
         """Nodes whose lists are to be made anew, the latest last."""
         self._managed = frozenset(managed_resource_names())
         self._unmanaged: tuple[str, ...] = ()
+
+    # -- keeping up -----------------------------------------------------------------------------------
+
+    def _soon(self) -> None:
+        """What has changed is worked out as soon as nothing else waits, so that no request has to."""
+        if self._is_soon:
+            return
+        try:
+            asyncio.get_running_loop().call_soon(self._keep_up)
+        except RuntimeError:  # nobody runs yet: whoever asks first does it
+            return
+        self._is_soon = True
+
+    def _keep_up(self) -> None:
+        self._is_soon = False
+        turns = Turns()
+        while self.offers.refresh(now=self.clock(), most=1) and turns.lasts():
+            pass
+        self.offers.catch_up(turns.lasts)
 
     # -- life -----------------------------------------------------------------------------------------
 
