@@ -106,7 +106,7 @@ async def test_a_fence_of_the_term_before_does_not_free_what_was_declared_after_
     annotate, fenced = world.kube.annotate_pod, []
 
     async def answers_late(*args: Any, **more: Any) -> str:
-        version = await annotate(*args, **more)
+        version: str = await annotate(*args, **more)
         fenced.append(version)
         await (asyncio.sleep(0) if len(fenced) > 1 else answer.wait())
         return version
@@ -177,14 +177,14 @@ async def test_what_was_exchanged_during_a_bind_is_not_promised_twice_once_the_j
         exchange.cancel()
 
 
-async def test_a_fault_while_the_journal_is_adopted_is_seen():
+async def test_a_fault_while_the_journal_is_adopted_is_seen(monkeypatch):
     """Not ready for ever, with nothing but the journal's name to say why, would be worse than a restart."""
     world = World({"a": "8xH100"})
 
     def fault(_: object) -> None:
         raise ZeroDivisionError
 
-    world.service.binder.adopt = fault
+    monkeypatch.setattr(world.service.binder, "adopt", fault)
     await world.service.start()
     await world.until(lambda: world.service.broken, 5)
     await world.service.stop()
