@@ -112,8 +112,10 @@ class Inside:
 
 
 def _run_through(call: Coroutine[Any, Any, None]) -> None:
+    """To its end. A verb may give others a turn now and then; nobody is here to take it, and it waits for nothing."""
     try:
-        call.send(None)
+        while call.send(None) is None:
+            pass
     except StopIteration:
         return
     raise RuntimeError("a verb has waited for something")
