@@ -207,11 +207,6 @@ class Offers:
             return None
         return Prices({name: exact.get(name, milli) for name, milli in prices.by_name.items()})
 
-    def fitting(self, demand: Demand, names: Iterable[str], go_on: Callable[[], bool]) -> list[str] | None:
-        """The nodes among `names`, in their order, that have a legal step; None where `go_on()` ended the search."""
-        prices = self.prices(demand, go_on)
-        return None if prices is None else list(filter(prices.by_name.__contains__, names))
-
     def refusal(self, demand: Demand, name: str) -> Refusal:
         """Why this node does not fit."""
         fault = self.fault(name)

@@ -89,19 +89,19 @@ def _listeners(service: Service, closing: asyncio.Event) -> list[_Listener]:
         log.warning("%s", warning)
     public = public_app(service, trust, closing=closing)
     if settings.one_listener:
-        return [_Listener(_config(beside(Verbs(service).paths, public), settings.host, settings.port))]
-    extender = _config(Verbs(service), settings.extender_host, settings.extender_port)
+        return [_Listener(listener_config(beside(Verbs(service).paths, public), settings.host, settings.port))]
+    extender = listener_config(Verbs(service), settings.extender_host, settings.extender_port)
     extender.lifespan = "off"
-    _secure(extender, settings, client_ca=settings.client_ca)
-    configs = [_config(public, settings.host, settings.port), extender]
+    secure(extender, settings, client_ca=settings.client_ca)
+    configs = [listener_config(public, settings.host, settings.port), extender]
     if not settings.without_kubernetes:
-        agents = _config(agent_app(service, trust, closing=closing), settings.agent_host, settings.agent_port)
-        _secure(agents, settings, client_ca=None)
+        agents = listener_config(agent_app(service, trust, closing=closing), settings.agent_host, settings.agent_port)
+        secure(agents, settings, client_ca=None)
         configs.append(agents)
     return [_Listener(config) for config in configs]
 
 
-def _secure(config: uvicorn.Config, settings: Settings, *, client_ca: Path | None) -> None:
+def secure(config: uvicorn.Config, settings: Settings, *, client_ca: Path | None) -> None:
     """TLS where there are certificates; with `client_ca`, only for clients that show one of it."""
     if settings.cert is not None and settings.key is not None:
         config.ssl_certfile = settings.cert
@@ -117,7 +117,8 @@ def _secure(config: uvicorn.Config, settings: Settings, *, client_ca: Path | Non
         config.ssl.num_tickets = 0  # kube-scheduler opens a connection for most binds, and resumes no session
 
 
-def _config(app: App, host: str, port: int) -> uvicorn.Config:
+def listener_config(app: App, host: str, port: int) -> uvicorn.Config:
+    """How each of our listeners is served; benches serve what they compare with in the same way."""
     return uvicorn.Config(
         app,
         host=host,

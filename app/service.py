@@ -183,8 +183,9 @@ class Service:
     # -- keeping up -----------------------------------------------------------------------------------
 
     def _soon(self) -> None:
-        """What has changed is worked out as soon as nothing else waits, so that no request has to."""
-        if self._is_soon:
+        """What has changed is worked out as soon as nothing else waits, so that no request has to. While the pods are
+        still being listed nobody asks, and a node changes many times: then it is done once, at the end."""
+        if self._is_soon or self.waiting_for():
             return
         try:
             asyncio.get_running_loop().call_soon(self._keep_up)

@@ -52,7 +52,7 @@ class Filtered:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """HostPriorityList: the nodes by their score, and the one that gets one more than its like."""
+    """HostPriorityList: the nodes by their score, the best first, and the one of those that gets one more."""
 
     by_score: Sequence[tuple[int, Collection[str]]] = ()
     choice: str = ""
@@ -168,8 +168,8 @@ def _render_left(left: Sequence[tuple[Refusal, Sequence[str]]]) -> bytes:
 def render_scores(scored: Scored) -> bytes:
     """HostPriorityList: a bare array, whole numbers only (Go refuses 5.0)."""
     parts = []
-    for score, names in scored.by_score:
-        if scored.choice in names:
+    for rank, (score, names) in enumerate(scored.by_score):
+        if rank == 0 and scored.choice in names:
             parts.append(orjson.dumps({"Host": scored.choice, "Score": score + 1}).decode())
             names = [name for name in names if name != scored.choice]
         if not names:

@@ -63,12 +63,16 @@ def test_case_07_why_not_names_the_slices_that_block(bench: Bench) -> None:
     ask = Demand.of(0, **{"4g.40gb": 1})
     offers.touch("n1")
     offers.refresh(now=0)
-    assert offers.fitting(ask, ["n1"], lambda: True) == ["n1"], "idle slices are in nobody's way"
+    prices = offers.prices(ask, lambda: True)
+    assert prices is not None
+    assert [*prices.by_name] == ["n1"], "idle slices are in nobody's way"
 
     _hold(offers, ledger, ask_of="1g.10gb", devices=[Device(board, Slice("1g.10gb", start)) for start in (2, 6)])
     offers.refresh(now=0)
 
-    assert offers.fitting(ask, ["n1"], lambda: True) == []
+    prices = offers.prices(ask, lambda: True)
+    assert prices is not None
+    assert not prices.by_name
     assert "1g.10gb@2" in offers.refusal(ask, "n1").reason
 
 

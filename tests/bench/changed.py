@@ -198,7 +198,7 @@ class Shell:
     def ask(self, known: Sequence[Demand]) -> None:
         """What filter asks for, for each."""
         for demand in known:
-            self.offers.fitting(demand, (), lambda: True)
+            self.offers.prices(demand, lambda: True)
 
     def placement(self, name: str) -> tuple[Demand, Placement] | None:
         """Where a new pod would go on this node."""

@@ -19,7 +19,7 @@ import orjson
 import uvicorn
 import uvloop
 
-from app.serve import _config
+from app.serve import listener_config
 
 Message = dict[str, Any]
 
@@ -63,7 +63,7 @@ def main() -> None:
     """Serve until a signal ends it."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.echo", description=__doc__.split("\n")[0])
     parser.add_argument("--port", type=int, required=True)
-    config = _config(cast(Any, Echo()), "127.0.0.1", parser.parse_args().port)
+    config = listener_config(cast(Any, Echo()), "127.0.0.1", parser.parse_args().port)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(uvicorn.Server(config).serve())
 

@@ -18,7 +18,7 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI, Request, Response
 
-from app.serve import _config, _secure
+from app.serve import listener_config, secure
 from app.settings import Settings
 
 
@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--most-nodes", type=int, default=0, help="filter returns the first so many; 0: all")
     options = parser.parse_args(argv)
     settings = Settings(cert=options.cert, key=options.key, client_ca=options.client_ca)
-    config = _config(agreeing(options.most_nodes), settings.extender_host, options.port)
-    _secure(config, settings, client_ca=settings.client_ca)
+    config = listener_config(agreeing(options.most_nodes), settings.extender_host, options.port)
+    secure(config, settings, client_ca=settings.client_ca)
     uvloop.run(uvicorn.Server(config).serve())
     return 0
 
